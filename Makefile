@@ -1,0 +1,78 @@
+# make demo   the main job on this machine: a broker, four simulated boards, the ground station (no root, no torch)
+# make test   every check: ruff and pytest (installs the Debian packages it may, and torch for the parity tests)
+# make clean  removes what these two made
+# Both work in .venv, which they create. Stamps carry a hash of what was installed and where: a changed pin installs again, a
+# moved clone or another Python makes .venv anew, and nothing else does.
+
+PYTHON ?= python3
+DEMO_EXTRAS ?= ground,sim
+TEST_EXTRAS ?= ground,quantize,sim,hardware,reference,dev
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+KEY := $(shell { $(PYTHON) --version; pwd; cat pyproject.toml constraints.txt; } 2>&1 | cksum | cut -d' ' -f1)
+HOME_KEY := $(shell { $(PYTHON) --version; pwd; } 2>&1 | cksum | cut -d' ' -f1)
+VENV_STAMP := $(VENV)/.stamp-venv-$(HOME_KEY)
+DEMO_STAMP := $(VENV)/.stamp-demo-$(KEY)
+TEST_STAMP := $(VENV)/.stamp-test-$(KEY)
+
+.PHONY: demo test clean debian-packages
+.DELETE_ON_ERROR:
+
+demo: $(DEMO_STAMP)
+	@echo "== spacemoe demo $(DEMO_ARGS)"
+	@$(BIN)/spacemoe demo $(DEMO_ARGS)
+
+test: debian-packages $(TEST_STAMP)
+	@echo "== ruff check"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@echo "== pytest"
+	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+$(VENV_STAMP):
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not on PATH; install Python 3.10 or newer, or say make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $$($(PYTHON) --version) is too old; install Python 3.10 or newer, or say make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "== creating $(VENV) with $$($(PYTHON) --version)"
+	@rm -rf $(VENV)
+# Debian's python3 without python3-venv cannot put pip into a new environment, but its own pip can.
+	@$(PYTHON) -m venv $(VENV) >$(VENV).log 2>&1 \
+	  || { rm -rf $(VENV); $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install -q pip; } >>$(VENV).log 2>&1 \
+	  || { tail -n 3 $(VENV).log >&2; rm -rf $(VENV) $(VENV).log; \
+	       echo "error: $(PYTHON) cannot create a virtual environment; install python3-venv (Debian: apt-get install python3-venv)" >&2; exit 1; }
+	@rm -f $(VENV).log
+	@touch $@
+
+$(DEMO_STAMP): $(VENV_STAMP)
+	@echo "== installing spacemoe-kit[$(DEMO_EXTRAS)] into $(VENV) (exact versions of constraints.txt)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$(DEMO_EXTRAS)]"
+	@touch $@
+
+$(TEST_STAMP): $(VENV_STAMP)
+	@echo "== installing spacemoe-kit[$(TEST_EXTRAS)] into $(VENV) (exact versions of constraints.txt; torch is large)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$(TEST_EXTRAS)]"
+	@touch $@ $(DEMO_STAMP)
+
+# mosquitto: the production broker (without it those tests skip and the embedded broker is tested alone);
+# xz and 7z (PPMd): what the reference model's held-out bits per byte are compared with.
+debian-packages:
+	@missing=""; \
+	PATH="$$PATH:/usr/sbin:/sbin"; \
+	command -v mosquitto >/dev/null || missing="$$missing mosquitto"; \
+	command -v xz >/dev/null || missing="$$missing xz-utils"; \
+	command -v 7z >/dev/null || missing="$$missing p7zip-full"; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ]; then root=""; elif sudo -n true 2>/dev/null; then root="sudo"; else root=no; fi; \
+	if [ "$$root" != no ] && command -v apt-get >/dev/null; then \
+	  echo "== apt-get install$$missing"; \
+	  { $$root apt-get update -q && DEBIAN_FRONTEND=noninteractive $$root apt-get install -q -y --no-install-recommends $$missing; } >.apt.log 2>&1 \
+	    && { rm -f .apt.log; exit 0; }; \
+	  tail -n 3 .apt.log; rm -f .apt.log; \
+	fi; \
+	echo "== not installed:$$missing (no root, or apt-get failed): the tests that need them will be skipped"

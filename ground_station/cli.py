@@ -1,0 +1,330 @@
+"""The umbrella command `spacemoe`: parse -> one library call -> print.
+
+The one place that may import sibling rooms, inside sub-commands only, so that `spacemoe --help` stays fast and needs no
+extra. Exit codes: 0 done, 1 the work failed, 2 wrong usage, 3 a check did not hold (parity, verify), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_CHECK, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+
+
+def reference_bundle() -> Path:
+    """The reference model's bundle in this clone (it is not part of an installed wheel)."""
+    return Path(__file__).resolve().parent.parent / "quantize" / "reference" / "bundle"
+
+
+def _bundle(args: argparse.Namespace) -> Path:
+    path = args.bundle or reference_bundle()
+    if not path.is_dir():
+        hint = "give --bundle DIR" if args.bundle is None else "make one by `spacemoe quantize MODEL -o BUNDLE`"
+        raise FileNotFoundError(f"there is no bundle at {path}: {hint}")
+    return path
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(
+        prog="spacemoe",
+        description="Mixture-of-experts language models spread over small boards that stand in for satellites.",
+        epilog="exit codes: 0 done, 1 failed, 2 wrong usage, 3 a check did not hold, 130 interrupted",
+    )
+    root.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = root.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name: str, help: str, run, group=commands) -> argparse.ArgumentParser:
+        sub = group.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+        return sub
+
+    demo = command("demo", "the main job on this machine: broker, four simulated boards, ground station, tokens", _demo)
+    demo.add_argument("--prompt", default="In the beginning", help="text to go on from (default: %(default)r)")
+    demo.add_argument("--tokens", type=_positive, default=64, help="tokens to write (default: %(default)s)")
+    _sampling_arguments(demo)
+    demo.add_argument("--bundle", type=Path, help="bundle to run (default: the reference model)")
+    demo.add_argument("--precision", default="int8", help="precision of the primary shards (default: %(default)s)")
+    demo.add_argument("--replica", default="int4", help="precision of the replicas, or 'none' (default: %(default)s)")
+    demo.add_argument(
+        "--codec", default="q8", help="hidden states on the wire: fp32, fp16, q8, q4 (default: %(default)s)"
+    )
+    demo.add_argument("--policy", default="topk", help="topk, random or budgeted (default: %(default)s)")
+    demo.add_argument("--nodes", type=_positive, default=4, help="simulated boards (default: %(default)s)")
+    demo.add_argument("--broker", default="auto", help="auto, mosquitto, embedded or HOST:PORT (default: %(default)s)")
+    demo.add_argument("--keep", type=Path, metavar="DIR", help="keep logs and simulated boards in DIR")
+    demo.add_argument("--ledger", type=Path, metavar="FILE", help="write one JSON line per token to FILE")
+    demo.add_argument(
+        "--no-parity", action="store_true", help="skip the single-process run that the text is checked against"
+    )
+
+    quantize = commands.add_parser("quantize", help="write a bundle of expert shards from a Hugging Face folder")
+    quantize.set_defaults(run=_quantize)
+    # its arguments live in the quantize room; they are added only when this sub-command is used
+    if len(sys.argv) > 1 and sys.argv[1] == "quantize":
+        from quantize import command as quantize_command
+
+        quantize_command.add_arguments(quantize)
+
+    bundle = commands.add_parser("bundle", help="look into a bundle, or check every file of it")
+    parts = bundle.add_subparsers(dest="part", metavar="PART", required=True)
+    for name, help in (("show", "what a bundle holds"), ("verify", "check size and sha256 of every file")):
+        part = command(name, help, _bundle_show if name == "show" else _bundle_verify, parts)
+        part.add_argument("bundle", type=Path, nargs="?", help="bundle (default: the reference model)")
+
+    evaluate = command("evaluate", "bits per byte and perplexity of a bundle on held-out text", _evaluate)
+    evaluate.add_argument("bundle", type=Path, nargs="?", help="bundle (default: the reference model)")
+    evaluate.add_argument(
+        "--text", type=Path, help="folder of .txt/.jsonl or one file (default: reference held-out text)"
+    )
+    evaluate.add_argument("--precision", default="all", help="comma-separated, or all that the bundle has")
+    evaluate.add_argument("--limit-bytes", type=_positive, help="use only that much text of each domain")
+    evaluate.add_argument("--threads", type=_positive, default=2)
+
+    benchmark = commands.add_parser("benchmark", help="measure speed, side by side, with spread")
+    kinds = benchmark.add_subparsers(dest="kind", metavar="KIND", required=True)
+    decode = command("decode", "one process beside agents on this machine, interleaved", _benchmark_decode, kinds)
+    source = decode.add_mutually_exclusive_group()
+    source.add_argument("--bundle", type=Path, help="bundle to run (default: the reference model)")
+    source.add_argument(
+        "--synthetic",
+        nargs="?",
+        const="1024,1408,4,16,4",
+        metavar="HIDDEN,INTERMEDIATE,LAYERS,EXPERTS,TOPK",
+        help="a random-weight Qwen3-MoE of this shape (default shape: %(const)s)",
+    )
+    decode.add_argument("--precision", default="int4", help="precision of the experts (default: %(default)s)")
+    decode.add_argument("--trunk-precision", default="fp32", help="of a synthetic bundle: fp32, int8 or int4")
+    decode.add_argument("--codec", default="q8", help="fp32, fp16, q8, q4 (default: %(default)s)")
+    decode.add_argument("--nodes", type=_positive, default=4)
+    decode.add_argument("--tokens", type=_positive, default=32, help="per round (default: %(default)s)")
+    decode.add_argument("--rounds", type=_positive, default=7, help="counted rounds (default: %(default)s)")
+    decode.add_argument("--threads", type=_positive, default=2, help="of the single process (default: %(default)s)")
+    decode.add_argument(
+        "--trunk-threads", type=_positive, default=1, help="of the trunk beside agents (default: %(default)s)"
+    )
+    return root
+
+
+def _sampling_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+    sub.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default: %(default)s)")
+    sub.add_argument("--seed", type=int, default=0, help="of sampling and of the random policy (default: %(default)s)")
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from ground_station import demo
+    from ground_station.sampling import Sampling
+
+    options = demo.Options(
+        bundle=_bundle(args),
+        prompt=args.prompt,
+        tokens=args.tokens,
+        sampling=Sampling(args.temperature, args.top_p, args.seed),
+        precision=args.precision,
+        replica=None if args.replica == "none" else args.replica,
+        codec=args.codec,
+        policy=args.policy,
+        nodes=args.nodes,
+        broker=args.broker,
+        keep=args.keep,
+        ledger=args.ledger,
+        parity=not args.no_parity,
+    )
+    quiet = args.json
+    result = demo.run(options, (lambda text: None) if quiet else demo.show)
+    print(json.dumps(result) if args.json else demo.report(result))
+    return EXIT_OK if result["parity"] is None or result["parity"]["equal"] is not False else EXIT_CHECK
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from quantize import command as quantize_command
+
+    return quantize_command.run(args)
+
+
+def _bundle_show(args: argparse.Namespace) -> int:
+    from node_agent import shard
+
+    manifest = shard.read_manifest(_bundle(args))
+    facts = {
+        "name": manifest.name,
+        "family": manifest.family,
+        "base_model": manifest.base_model,
+        "licence": manifest.licence,
+        "dims": vars(manifest.dims),
+        "trunk_precision": manifest.trunk_precision,
+        "trunk_bytes": sum(item.bytes for segment in manifest.segments for item in segment.files),
+        "precisions": {},
+        "recipe": manifest.recipe,
+        "created_at": manifest.created_at,
+    }
+    for precision in manifest.precisions:
+        shards = [entry for entry in manifest.shards if entry.precision == precision]
+        errors = [entry.rel_error for entry in shards if entry.rel_error is not None]
+        facts["precisions"][precision] = {
+            "shards": len(shards),
+            "bytes": sum(entry.bytes for entry in shards),
+            "mean_rel_error": round(sum(errors) / len(errors), 5) if errors else None,
+        }
+    if args.json:
+        print(json.dumps(facts))
+        return EXIT_OK
+    dims = manifest.dims
+    print(f"{manifest.name}: {manifest.family}, {manifest.licence}, made {manifest.created_at}")
+    print(
+        f"  {dims.layers} layers, hidden {dims.hidden}, {dims.experts} experts top-{dims.top_k}, vocabulary {dims.vocab}"
+    )
+    print(f"  trunk {manifest.trunk_precision}: {facts['trunk_bytes'] / 1e6:.1f} MB")
+    for precision, row in facts["precisions"].items():
+        error = "" if row["mean_rel_error"] is None else f", mean error {row['mean_rel_error']:.3%} of fp32"
+        print(f"  {precision:8} {row['shards']} shards, {row['bytes'] / 1e6:.1f} MB{error}")
+    for what, text in manifest.recipe.items():
+        print(f"  {what}: {text}")
+    return EXIT_OK
+
+
+def _bundle_verify(args: argparse.Namespace) -> int:
+    from node_agent import shard
+
+    root = _bundle(args)
+    manifest = shard.read_manifest(root)
+    entries = [
+        *manifest.files,
+        *(f for s in manifest.segments for f in s.files),
+        *(f for s in manifest.shards for f in s.files),
+    ]
+    problems = []
+    for entry in entries:
+        try:
+            shard.verify_file(root, entry)
+        except shard.BundleError as error:
+            problems.append(str(error))
+    if args.json:
+        print(json.dumps({"files": len(entries), "bytes": sum(e.bytes for e in entries), "problems": problems}))
+    else:
+        for problem in problems:
+            print(problem)
+        print(f"{len(entries) - len(problems)} of {len(entries)} files are as the manifest says")
+    return EXIT_CHECK if problems else EXIT_OK
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from ground_station import evaluate
+    from node_agent import shard
+
+    root = _bundle(args)
+    manifest = shard.read_manifest(root)
+    texts = evaluate.domains(args.text or reference_bundle().parent / "heldout")
+    wanted = manifest.precisions if args.precision == "all" else tuple(args.precision.split(","))
+    results = {
+        name: evaluate.summary(evaluate.evaluate(root, name, texts, args.threads, args.limit_bytes)) for name in wanted
+    }
+    if "fp32" in results:
+        for row in results.values():
+            row["perplexity_ratio_to_fp32"] = round(row["perplexity"] / results["fp32"]["perplexity"], 5)
+    if args.json:
+        print(json.dumps(results))
+        return EXIT_OK
+    print(f"{'bits per byte':18}" + "".join(f"{name:>10}" for name in results))
+    for domain in texts:
+        print(f"{domain:18}" + "".join(f"{row['domains'][domain]:10.3f}" for row in results.values()))
+    print(f"{'mean':18}" + "".join(f"{row['mean_bits_per_byte']:10.3f}" for row in results.values()))
+    print(f"{'perplexity':18}" + "".join(f"{row['perplexity']:10.3f}" for row in results.values()))
+    if "fp32" in results:
+        print(f"{'  to fp32':18}" + "".join(f"{row['perplexity_ratio_to_fp32']:10.4f}" for row in results.values()))
+    return EXIT_OK
+
+
+def _benchmark_decode(args: argparse.Namespace) -> int:
+    import contextlib
+    import tempfile
+
+    from ground_station import benchmark
+
+    with contextlib.ExitStack() as stack:
+        if args.synthetic:
+            from quantize.synthetic import synthetic
+
+            try:
+                hidden, intermediate, layers, experts, top_k = (int(part) for part in args.synthetic.split(","))
+            except ValueError:
+                raise ValueError(
+                    f"--synthetic {args.synthetic!r}: give HIDDEN,INTERMEDIATE,LAYERS,EXPERTS,TOPK"
+                ) from None
+            bundle = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="spacemoe-synthetic-")))
+            synthetic(
+                bundle,
+                hidden,
+                intermediate,
+                layers,
+                experts,
+                top_k,
+                precision=(args.precision,),
+                trunk_precision=args.trunk_precision,
+            )
+        else:
+            bundle = _bundle(args)
+        result = benchmark.decode(
+            bundle,
+            args.precision,
+            args.codec,
+            args.nodes,
+            args.tokens,
+            args.rounds,
+            args.threads,
+            args.trunk_threads,
+        )
+    if args.json:
+        print(json.dumps(result))
+        return EXIT_OK
+    for name, value in result["tokens_per_s"].items():
+        print(f"{name:12} {value:8.1f} tokens/s")
+    spread = result["spread"]
+    print(
+        f"ratio distributed / single {result['ratio']:.3f} (min {spread['min']:.3f}, max {spread['max']:.3f}, n {result['n']})"
+    )
+    print(f"control single / bare      {result['control']:.3f}")
+    print(f"overhead {result['overhead_ms_per_layer']:.3f} ms per layer; breakdown of a distributed token in ms:")
+    print("  " + ", ".join(f"{name} {value:.2f}" for name, value in result["breakdown_ms"].items()))
+    return EXIT_OK
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point. Errors are one line that names the next step; a bug shows its traceback."""
+    root = parser()
+    args = root.parse_args(argv)
+    if args.version:
+        from importlib.metadata import version
+
+        print(f"spacemoe-kit {version('spacemoe-kit')}")
+        return EXIT_OK
+    if args.command is None:
+        root.print_help()
+        return EXIT_USAGE
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("interrupted: everything that was started has been stopped", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except ModuleNotFoundError as error:
+        print(f"spacemoe: {error.name} is not installed: pip install 'spacemoe-kit[all]'", file=sys.stderr)
+        return EXIT_FAILED
+    except (ValueError, RuntimeError, OSError) as error:
+        # RuntimeError's and OSError's own text can span lines; users get one
+        print(f"spacemoe: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

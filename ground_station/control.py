@@ -1,0 +1,262 @@
+"""The ground station's end of the control plane: an MQTT 5 client that keeps the fleet's state and sends commands.
+
+Decisions are `fleet.apply`'s; here are the socket, the lock and the counters. paho's own thread reads the network; whatever
+comes from it is counted, logged once per kind and dropped when it is malformed, and never ends that thread. The client
+reconnects by itself, subscribes again and says that the ground station is online. Leaves out TLS and user names.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+import paho.mqtt.client as mqtt
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+
+from ground_station.fleet import AskRebirth, Instant, NodeState, apply
+from node_agent import wire
+
+log = logging.getLogger("spacemoe.control")
+
+CONNECT_TIMEOUT_S = 10.0
+COMMAND_TIMEOUT_S = 5.0
+KEEPALIVE_S = 10
+MAX_NODES = 10_000
+
+
+class ControlError(RuntimeError):
+    """The control plane cannot be used; the text names the next step."""
+
+
+def now() -> Instant:
+    """This moment on the machine's two clocks."""
+    return Instant(time.time(), time.monotonic())
+
+
+class Control:
+    """Connected between `start` and `stop` (or inside `with`). Every method may be called from any thread but paho's.
+
+    Args:
+        fleet: id of the fleet, part of every topic.
+        clock: gives the time; injected so that tests can move it.
+    Raises: wire.WireError for an illegal fleet id, ControlError from `start` when no broker answers.
+    """
+
+    def __init__(self, fleet: str, host: str, port: int, clock: Callable[[], Instant] = now) -> None:
+        self.topics = wire.Topics(fleet)
+        self.host, self.port = host, port
+        self._clock = clock
+        self._states: dict[str, NodeState] = {}
+        self._malformed: Counter[str] = Counter()
+        self._pending: dict[str, list[wire.Result]] = {}
+        # One lock for all of the above; notified whenever something changed.
+        self._changed = threading.Condition()
+        self._connected = False
+        self._stopping = False
+        self._refusal = ""
+        # Two clients with one id would take turns in throwing each other out.
+        self._client = mqtt.Client(
+            mqtt.CallbackAPIVersion.VERSION2, client_id=f"ground-{fleet}-{secrets.token_hex(4)}", protocol=mqtt.MQTTv5
+        )
+        self._client.reconnect_delay_set(min_delay=0.2, max_delay=2.0)
+        self._client.will_set(self.topics.ground_status(), self._ground_status("offline"), qos=1, retain=True)
+        self._client.on_socket_open = _no_delay
+        self._client.on_connect = self._on_connect
+        self._client.on_connect_fail = self._on_connect_fail
+        self._client.on_disconnect = self._on_disconnect
+        self._client.on_message = self._on_message
+
+    # ------------------------------------------------------------ life
+
+    def start(self) -> Control:
+        """Connects, subscribes and announces the ground station.  Raises: ControlError."""
+        self._client.connect_async(self.host, self.port, keepalive=KEEPALIVE_S, clean_start=True)
+        self._client.loop_start()
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._connected or self._refusal, CONNECT_TIMEOUT_S):
+                self._refusal = f"no answer within {CONNECT_TIMEOUT_S:.0f} s"
+            refusal = "" if self._connected else self._refusal
+        if refusal:
+            self.stop()
+            raise ControlError(f"broker at {self.host}:{self.port}: {refusal}; check that it runs and the address")
+        return self
+
+    def stop(self) -> None:
+        """Says that the ground station is offline and disconnects. Safe to call twice."""
+        self._stopping = True
+        if self.connected:
+            info = self._client.publish(self.topics.ground_status(), self._ground_status("offline"), qos=1, retain=True)
+            try:
+                info.wait_for_publish(1.0)
+            except (RuntimeError, ValueError):
+                pass  # the broker is gone: its will says the same
+        self._client.disconnect()
+        self._client.loop_stop()
+
+    def __enter__(self) -> Control:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    # ------------------------------------------------------------ what is known
+
+    @property
+    def connected(self) -> bool:
+        with self._changed:
+            return self._connected
+
+    @property
+    def malformed(self) -> dict[str, int]:
+        """How many messages were dropped, by kind."""
+        with self._changed:
+            return dict(self._malformed)
+
+    def now(self) -> Instant:
+        """The time by the clock that stamps what is received."""
+        return self._clock()
+
+    def snapshot(self) -> dict[str, NodeState]:
+        """The state of every node that was ever heard of; the values never change."""
+        with self._changed:
+            return dict(self._states)
+
+    def wait_for(self, nodes: Iterable[str], timeout_s: float) -> set[str]:
+        """Waits until all of `nodes` are ready (see `NodeState.ready`); returns those that still are not."""
+        wanted = set(nodes)
+
+        def missing() -> set[str]:
+            at = self._clock()
+            return {node for node in wanted if node not in self._states or not self._states[node].ready(at)}
+
+        with self._changed:
+            self._changed.wait_for(lambda: not missing(), timeout_s)
+            return missing()
+
+    # ------------------------------------------------------------ commands
+
+    def command(
+        self, node: str, name: str, timeout_s: float = COMMAND_TIMEOUT_S, arguments: dict[str, str] | None = None
+    ) -> wire.Result:
+        """Sends a command and waits for the node's answer; `ok` is False, and `text` says why, when none came in time.
+
+        Raises: wire.WireError for an illegal node id.
+        """
+        identity = secrets.token_hex(8)
+        with self._changed:
+            self._pending[identity] = []
+        try:
+            if not self._send(node, name, identity, timeout_s, arguments or {}):
+                return wire.Result(node, identity, False, "not sent: the broker is not connected")
+            with self._changed:
+                answers = self._pending[identity]
+                self._changed.wait_for(lambda: answers, timeout_s)
+                if answers:
+                    return answers[0]
+            return wire.Result(node, identity, False, f"no answer to {name!r} within {timeout_s:g} s")
+        finally:
+            with self._changed:
+                del self._pending[identity]
+
+    def _send(self, node: str, name: str, identity: str, timeout_s: float, arguments: dict[str, str]) -> bool:
+        topic = self.topics.command(node, name)
+        if not self.connected:
+            # paho would keep it and send it after the reconnection, when nobody waits for it any more.
+            return False
+        properties = Properties(PacketTypes.PUBLISH)
+        properties.ResponseTopic = self.topics.result(node)
+        properties.CorrelationData = identity.encode()
+        properties.MessageExpiryInterval = max(1, round(timeout_s))
+        message = wire.Command(name, identity, self._clock().utc_s + timeout_s, arguments)
+        self._client.publish(topic, wire.encode(message), qos=1, properties=properties)
+        return True
+
+    # ------------------------------------------------------------ paho's thread
+
+    def _on_connect(self, client: mqtt.Client, _userdata, _flags, reason, _properties) -> None:
+        if reason.is_failure:
+            self._set_link(False, f"refused: {reason}")
+            return
+        leaves = (self.topics.birth, self.topics.status, self.topics.telemetry, self.topics.event, self.topics.result)
+        client.subscribe([(topic("+"), mqtt.SubscribeOptions(qos=1)) for topic in leaves])
+        client.publish(self.topics.ground_status(), self._ground_status("online"), qos=1, retain=True)
+        self._set_link(True, "")
+
+    def _on_connect_fail(self, _client, _userdata) -> None:
+        self._set_link(False, "cannot connect")
+
+    def _on_disconnect(self, _client, _userdata, _flags, reason, _properties) -> None:
+        self._set_link(False, f"disconnected: {reason}")
+
+    def _set_link(self, connected: bool, refusal: str) -> None:
+        with self._changed:
+            if self._connected and not connected and not self._stopping:
+                log.warning("control plane: %s; trying again", refusal)
+            self._connected, self._refusal = connected, refusal
+            self._changed.notify_all()
+
+    def _on_message(self, _client, _userdata, message: mqtt.MQTTMessage) -> None:
+        try:
+            node, leaf = self.topics.parse_node(message.topic)
+            kind = wire.MESSAGE_OF_LEAF.get(leaf)
+            if kind is None:
+                raise wire.WireError(f"no message type belongs to {leaf[:40]!r}")
+        except (wire.WireError, UnicodeDecodeError) as error:
+            self._drop("topic", error)
+            return
+        try:
+            content = wire.decode(kind, message.payload)
+            if content.node != node:
+                raise wire.WireError(f"{kind.__name__} on the topic of {node} says it is from {content.node[:40]!r}")
+        except wire.WireError as error:
+            self._drop(leaf, error)
+            return
+        if isinstance(content, wire.Result):
+            self._take_result(content)
+        else:
+            self._take(node, content, message.retain)
+
+    def _take_result(self, result: wire.Result) -> None:
+        with self._changed:
+            # An answer to nobody here is one that came too late, or another ground station's.
+            if result.id in self._pending:
+                self._pending[result.id].append(result)
+                self._changed.notify_all()
+
+    def _take(self, node: str, content, retained: bool) -> None:
+        with self._changed:
+            full = node not in self._states and len(self._states) >= MAX_NODES
+            if not full:
+                state, actions = apply(self._states.get(node, NodeState(node)), content, self._clock(), retained)
+                self._states[node] = state
+                self._changed.notify_all()
+        if full:
+            self._drop("too many nodes", wire.WireError(f"{node} is over the limit of {MAX_NODES} nodes"))
+            return
+        for action in actions:
+            self._carry_out(action)
+
+    def _carry_out(self, action: AskRebirth) -> None:
+        log.info("asking %s for a rebirth: %s", action.node, action.reason)
+        self._send(action.node, "rebirth", secrets.token_hex(8), COMMAND_TIMEOUT_S, {})
+
+    def _drop(self, kind: str, error: Exception) -> None:
+        with self._changed:
+            self._malformed[kind] += 1
+            first = self._malformed[kind] == 1
+        if first:
+            log.warning("dropped a malformed message (%s; more of its kind are only counted): %s", kind, error)
+
+    def _ground_status(self, text: wire.StatusText) -> bytes:
+        return wire.encode(wire.GroundStatus(text, self._clock().utc_s))
+
+
+def _no_delay(_client, _userdata, link: socket.socket) -> None:
+    """Without it small messages wait up to 40 ms for the acknowledgement of the one before."""
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -1,0 +1,280 @@
+"""`spacemoe demo`: the main job on one machine: broker, simulated boards, ground station, streamed text, and a ledger.
+
+Everything is real but the sensors: stock agents in processes of their own, a real MQTT broker, ZeroMQ sockets, quantized
+experts. Temperatures and watts come from firmware_sim and say so ("simulated"). Afterwards the same text is generated in
+one process with the same partition, codec and grouping, and compared token by token and logit by logit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+
+from ground_station import selection
+from ground_station.broker import Broker
+from ground_station.control import Control
+from ground_station.decode import Decoder, TokenCost
+from ground_station.dispatch import Table
+from ground_station.link import Link
+from ground_station.local import LocalExperts
+from ground_station.local_fleet import FleetError, LocalFleet, demo_boards
+from ground_station.placement import round_robin
+from ground_station.remote import RemoteExperts
+from ground_station.sampling import Sampling
+from ground_station.text import Text
+from ground_station.trunk import ContextFull, Trunk
+from node_agent import compress, shard
+
+JOIN_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `spacemoe demo` was asked for."""
+
+    bundle: Path
+    prompt: str = "In the beginning"
+    tokens: int = 64
+    sampling: Sampling = Sampling()
+    precision: str = "int8"
+    replica: str | None = "int4"
+    codec: str = "q8"
+    policy: str = "topk"
+    nodes: int = 4
+    broker: str = "auto"
+    keep: Path | None = None
+    ledger: Path | None = None
+    parity: bool = True
+
+
+Show = Callable[[str], None]
+
+
+def show(text: str) -> None:
+    """Prints progress and the text itself as they come."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def run(options: Options, show: Show) -> dict:
+    """Runs the demo and returns its ledger (see `report`). Stops everything it started, however it ends.
+
+    Raises: shard.BundleError, FleetError, broker.BrokerError, placement.PlacementError, ValueError for bad options.
+    """
+    if options.codec not in compress.CODECS:
+        raise ValueError(f"codec {options.codec!r} is unknown: use one of {', '.join(compress.CODECS)}")
+    manifest = shard.read_manifest(options.bundle)
+    text = Text(options.bundle)
+    prompt_ids = ([manifest.bos_id] if manifest.bos_id is not None else []) + text.encode(options.prompt)
+    needed = len(prompt_ids) + options.tokens
+    if needed > manifest.dims.max_context:
+        raise ContextFull(
+            f"prompt and answer need {needed} tokens, {manifest.name} has a context of {manifest.dims.max_context}: "
+            f"ask for at most {max(0, manifest.dims.max_context - len(prompt_ids))}"
+        )
+    policy = _policy(options, manifest)
+    boards = demo_boards(options.nodes)
+    holdings = round_robin(
+        manifest,
+        {board.node: board.memory_bytes for board in boards},
+        options.precision,
+        (options.replica,) if options.replica and options.nodes > 1 else (),
+    )
+    table = Table(holdings)
+    names = set(table.nodes)
+    with contextlib.ExitStack() as stack:
+        run_dir = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="spacemoe-demo-")))
+        run_dir.mkdir(parents=True, exist_ok=True)
+        external = options.broker if ":" in options.broker else ""
+        broker = stack.enter_context(Broker(run_dir, "external" if external else options.broker, external=external))
+        show(f"broker {broker.kind} on {broker.host}:{broker.port}\n")
+        link = stack.enter_context(Link())
+        control = stack.enter_context(Control("demo", broker.host, broker.port))
+        fleet = stack.enter_context(
+            LocalFleet(run_dir, options.bundle, holdings, link.endpoint, (broker.host, broker.port), "demo", boards)
+        )
+        trunk = Trunk(options.bundle, manifest)
+        show(f"{len(names)} simulated boards, each a stock node-agent process, load {len(holdings)} shards ...")
+        _wait_for_nodes(names, link, control, fleet)
+        show(" ready\n\n")
+        remote = RemoteExperts(link, table, options.codec)
+        decoder = Decoder(trunk, policy, remote, manifest.eos_ids)
+        before = _energy_j(control, names)
+        costs, logits = _stream(decoder, options, prompt_ids, text, show)
+        after = _energy_j(control, names)
+        show("\n\n")
+        if options.ledger is not None:
+            _write_ledger(options.ledger, costs)
+        parity = None
+        if options.parity:
+            show("checking against one process with the same partition, codec and grouping ...\n")
+            parity = _parity(options, manifest, table, trunk, prompt_ids, costs, logits)
+        states = control.snapshot()
+        return _ledger(options, text, costs, before, after, remote, table, states, parity, broker.kind)
+
+
+def _policy(options: Options, manifest: shard.Manifest) -> selection.Policy:
+    return selection.make(options.policy, manifest.routing, manifest.dims.top_k, options.sampling.seed)
+
+
+def _wait_for_nodes(names: set[str], link: Link, control: Control, fleet: LocalFleet) -> None:
+    fleet.wait_joined(link, JOIN_TIMEOUT_S)
+    if missing := control.wait_for(names, 10.0):
+        raise FleetError(f"no birth certificate from {', '.join(sorted(missing))}: is the broker reachable?")
+
+
+def _energy_j(control: Control, names: set[str]) -> dict[str, float | None]:
+    """Cumulative joules of each node, sampled now (None where it has no power sensor or does not answer)."""
+    for name in sorted(names):
+        control.command(name, "sample", 2.0)
+    states = control.snapshot()
+    return {name: _value(states, name, "energy_j") for name in names}
+
+
+def _sample(states, node: str, name: str):
+    state = states.get(node)
+    return None if state is None else state.samples.get(name)
+
+
+def _value(states, node: str, name: str) -> float | None:
+    sample = _sample(states, node, name)
+    return sample.value if sample is not None and sample.validity == "ok" else None
+
+
+def _stream(
+    decoder: Decoder, options: Options, prompt_ids: list[int], text: Text, show: Show
+) -> tuple[list[TokenCost], list[np.ndarray]]:
+    show(options.prompt)
+    stream = text.stream()
+    costs: list[TokenCost] = []
+    logits: list[np.ndarray] = []
+    for cost in decoder.generate(prompt_ids, options.tokens, options.sampling, keep_logits=logits, ignore_eos=True):
+        costs.append(cost)
+        show(stream.push(cost.token_id))
+    return costs, logits
+
+
+def _parity(
+    options: Options,
+    manifest: shard.Manifest,
+    table: Table,
+    trunk: Trunk,
+    prompt_ids: list[int],
+    costs: list[TokenCost],
+    logits: list[np.ndarray],
+) -> dict:
+    """The same generation in this process. `equal` is None when the ladder was used: then there is nothing to compare."""
+    rungs = sum(len(cost.rungs) for cost in costs)
+    reference: list[np.ndarray] = []
+    experts = LocalExperts(options.bundle, manifest, table, options.codec)
+    decoder = Decoder(trunk, _policy(options, manifest), experts, manifest.eos_ids)
+    tokens = [
+        cost.token_id
+        for cost in decoder.generate(
+            prompt_ids, options.tokens, options.sampling, keep_logits=reference, ignore_eos=True
+        )
+    ]
+    same = [a == b.token_id for a, b in zip(tokens, costs)]
+    worst = max(float(np.abs(a - b).max()) for a, b in zip(logits, reference))
+    return {
+        "equal": None if rungs else all(same) and len(tokens) == len(costs),
+        "tokens_equal": sum(same),
+        "tokens": len(tokens),
+        "max_logit_diff": worst,
+        "note": f"the ladder was used {rungs} times: texts may differ" if rungs else "",
+    }
+
+
+def _write_ledger(path: Path, costs: list[TokenCost]) -> None:
+    with shard.atomic_file(path) as file:
+        for cost in costs:
+            file.write(json.dumps(dataclasses.asdict(cost)).encode() + b"\n")
+
+
+def _ledger(options, text, costs, before, after, remote, table, states, parity, broker_kind) -> dict:
+    decode = costs[1:] or costs
+    seconds = sum(cost.total_ms for cost in decode) / 1e3
+    joules = {
+        name: after[name] - before[name] if None not in (after.get(name), before.get(name)) else None
+        for name in table.nodes
+    }
+    known = [value for value in joules.values() if value is not None]
+    nodes = []
+    for name in table.nodes:
+        temp, power = _sample(states, name, "temp_c"), _sample(states, name, "power_w")
+        nodes.append(
+            {
+                "id": name,
+                "served": remote.served[name],
+                "temp_c": _value(states, name, "temp_c"),
+                "power_w": _value(states, name, "power_w"),
+                "energy_j": None if joules[name] is None else round(joules[name], 3),
+                "provenance": power.provenance if power is not None else temp.provenance if temp is not None else None,
+            }
+        )
+    provenances = {node["provenance"] for node in nodes}
+    return {
+        "text": text.decode([cost.token_id for cost in costs]),
+        "tokens": len(costs),
+        "tokens_per_s": round(len(decode) / seconds, 2),
+        "ttft_s": round(costs[0].total_ms / 1e3, 4),
+        "bytes_per_token": {
+            "sent": round(sum(cost.sent_bytes for cost in decode) / len(decode), 1),
+            "received": round(sum(cost.received_bytes for cost in decode) / len(decode), 1),
+        },
+        "joules_per_token": round(sum(known) / len(costs), 4) if len(known) == len(nodes) else None,
+        "joules_scope": "boards of all nodes from just before the prompt to just after the last token, idle power included",
+        "joules_provenance": provenances.pop() if len(provenances) == 1 else "mixed",
+        "breakdown_ms": {
+            part: round(sum(getattr(cost, f"{part}_ms") for cost in decode) / len(decode), 4)
+            for part in ("total", "trunk", "select", "codec", "wire", "expert")
+        },
+        "nodes": nodes,
+        "ladder": dict(Counter(rung.rung for cost in costs for rung in cost.rungs)),
+        "parity": parity,
+        "broker": broker_kind,
+        "precision": options.precision,
+        "codec": options.codec,
+        "policy": options.policy,
+        "seed": options.sampling.seed,
+    }
+
+
+def report(result: dict) -> str:
+    """The ledger as text of at most 80 columns."""
+    sent, received = result["bytes_per_token"]["sent"], result["bytes_per_token"]["received"]
+    joules = result["joules_per_token"]
+    lines = [
+        f"{result['tokens']} tokens, {result['tokens_per_s']:.1f} tokens/s, first after {result['ttft_s'] * 1e3:.0f} ms",
+        f"{sent:.0f} bytes/token to the experts, {received:.0f} back ({result['codec']})",
+        f"{joules:.3f} J/token ({result['joules_provenance']})"
+        if joules is not None
+        else "no power sensor: joules unknown",
+        "ms/token: " + ", ".join(f"{name} {value:.2f}" for name, value in result["breakdown_ms"].items()),
+        "",
+        f"{'node':16}{'served':>8}{'temp °C':>9}{'power W':>9}{'J':>8}  provenance",
+    ]
+    for node in result["nodes"]:
+        cells = ["-" if node[key] is None else f"{node[key]:.1f}" for key in ("temp_c", "power_w", "energy_j")]
+        lines.append(f"{node['id']:16}{node['served']:>8}{cells[0]:>9}{cells[1]:>9}{cells[2]:>8}  {node['provenance']}")
+    ladder = result["ladder"]
+    lines.append(
+        "ladder: " + (", ".join(f"{rung} {count}" for rung, count in ladder.items()) if ladder else "not used")
+    )
+    parity = result["parity"]
+    if parity is not None:
+        verdict = {True: "equal", False: "DIFFERENT", None: "not comparable"}[parity["equal"]]
+        lines.append(
+            f"parity with one process: {verdict}, {parity['tokens_equal']} of {parity['tokens']} tokens, "
+            f"largest logit difference {parity['max_logit_diff']:g}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,201 @@
+"""The data plane's end at the trunk: a ZeroMQ ROUTER that boards dial into.
+
+Sends the requests of a layer together and gathers their answers together; knows which nodes are reachable. A node joins by
+its HELLO (a heartbeat each second) and is out when it is unreachable, late or answers with an error, until it says HELLO
+again. Loopback may be plain; any other address needs CURVE keys. Leaves out: what is asked of whom (remote.py).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+from dataclasses import dataclass, field
+
+import zmq
+
+from node_agent import frame, wire
+
+HELLO_GRACE_S = 5.0  # five heartbeats: a node that is silent for longer counts as gone
+QUARANTINE_S = 0.5  # after a failure: HELLOs queued before it must not bring the node back
+
+
+class LinkError(RuntimeError):
+    """The data plane cannot be opened; the text names the next step."""
+
+
+@dataclass
+class Peer:
+    """What is known of one node. `number` is its address in frames."""
+
+    node: str
+    number: int
+    up: bool = True
+    last_seen_s: float = 0.0
+    down_until_s: float = 0.0
+    failures: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a node gave no answer: 'unreachable', 'late' or 'error' (with the node's own text)."""
+
+    kind: str
+    text: str = ""
+
+
+def is_loopback(endpoint: str) -> bool:
+    """True for ipc and for tcp on 127.0.0.0/8, ::1 or localhost."""
+    if endpoint.startswith(("ipc://", "inproc://")):
+        return True
+    host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Link:
+    """Owns the ROUTER socket; use it as a context manager and from one thread only."""
+
+    def __init__(self, endpoint: str = "tcp://127.0.0.1:*", curve_keys: tuple[bytes, bytes] | None = None):
+        """`curve_keys` = (public, secret), Z85.  Raises: LinkError when the endpoint is not to be had or not protected."""
+        if curve_keys is None and not is_loopback(endpoint):
+            raise LinkError(f"{endpoint} is not loopback: give CURVE keys (docs: fleet init) or bind 127.0.0.1")
+        self.context = zmq.Context()
+        self.socket = self.context.socket(zmq.ROUTER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a restarted board takes its place at once
+        self.socket.setsockopt(zmq.MAXMSGSIZE, frame.MAX_FRAME_BYTES)
+        self.socket.setsockopt(zmq.SNDHWM, 256)
+        self.socket.setsockopt(zmq.RCVHWM, 1024)
+        self.socket.setsockopt(zmq.SNDTIMEO, 0)
+        if curve_keys is not None:
+            self.socket.curve_publickey, self.socket.curve_secretkey = curve_keys
+            self.socket.curve_server = True
+        try:
+            self.socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            self.close()
+            raise LinkError(f"cannot listen on {endpoint}: {error}; choose another port") from None
+        self.endpoint = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.peers: dict[str, Peer] = {}
+        self.bad_frames = 0
+        self.wait_ns = 0  # time blocked for answers, for the breakdown
+        self._answers: dict[int, frame.Frame] = {}
+        self._wanted: dict[int, str] = {}
+
+    def close(self) -> None:
+        self.socket.close()
+        self.context.term()
+
+    def __enter__(self) -> Link:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def is_up(self, node: str) -> bool:
+        peer = self.peers.get(node)
+        return peer is not None and peer.up and time.monotonic() - peer.last_seen_s < HELLO_GRACE_S
+
+    def mark_down(self, node: str, failure: Failure) -> None:
+        """Takes a node out of use until its next HELLO after a short quarantine."""
+        peer = self.peers.get(node)
+        if peer is not None:
+            peer.up = False
+            peer.down_until_s = time.monotonic() + QUARANTINE_S
+            peer.failures[failure.kind] = peer.failures.get(failure.kind, 0) + 1
+
+    def drain(self) -> None:
+        """Takes in what has arrived (heartbeats, late answers) without waiting."""
+        self._receive_all()
+
+    def wait_for(self, nodes: set[str], timeout_s: float) -> set[str]:
+        """Waits until all `nodes` are up; returns those still missing when the time is over."""
+        end = time.monotonic() + timeout_s
+        while missing := {node for node in nodes if not self.is_up(node)}:
+            left = end - time.monotonic()
+            if left <= 0:
+                break
+            if self.socket.poll(int(min(left, 0.1) * 1000)):
+                self._receive_all()
+        return missing if missing else set()
+
+    def exchange(self, requests: dict[str, tuple[int, bytes]], timeout_s: float) -> dict[str, frame.Frame | Failure]:
+        """Sends one frame to each node together, then gathers the answers together.
+
+        requests: node -> (request id, packed frame). Returns for each node its PARTIAL frame (payload not yet decoded is
+        decoded here) or why there is none. Nodes are not marked down: the caller decides.
+        """
+        results: dict[str, frame.Frame | Failure] = {}
+        self._answers.clear()
+        self._wanted.clear()
+        for node, (request_id, data) in requests.items():
+            try:
+                self.socket.send_multipart((node.encode(), data), copy=True)
+                self._wanted[request_id] = node
+            except zmq.Again:
+                results[node] = Failure("late", "its send queue is full")
+            except zmq.ZMQError as error:
+                results[node] = Failure("unreachable", str(error))
+        end_ns = time.perf_counter_ns() + int(timeout_s * 1e9)
+        while self._wanted:
+            before = time.perf_counter_ns()
+            if before >= end_ns:
+                break
+            ready = self.socket.poll(max(1, (end_ns - before) // 1_000_000))
+            self.wait_ns += time.perf_counter_ns() - before
+            if ready:
+                self._receive_all(results)
+        for node in self._wanted.values():
+            results[node] = Failure("late", f"no answer within {timeout_s:.2f} s")
+        self._wanted.clear()
+        return results
+
+    def _receive_all(self, results: dict[str, frame.Frame | Failure] | None = None) -> None:
+        while True:
+            try:
+                parts = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            except zmq.ZMQError:
+                self.bad_frames += 1
+                return
+            if len(parts) != 2:
+                self.bad_frames += 1
+                continue
+            try:
+                node = wire.check_id(parts[0].decode("ascii", "replace"))
+                received = frame.unpack(parts[1])
+            except (frame.FrameError, wire.WireError) as error:
+                self.bad_frames += 1
+                # a wanted answer that cannot be read is a failure of its node, not a reason to wait for the deadline
+                waiting = self._wanted.get(getattr(error, "request_id", 0))
+                if results is not None and waiting and waiting.encode() == parts[0]:
+                    del self._wanted[error.request_id]
+                    results[waiting] = Failure("error", str(error))
+                continue
+            self._seen(node, received)
+            if received.kind in (frame.PARTIAL, frame.ERROR) and results is not None:
+                if self._wanted.get(received.request_id) == node:
+                    del self._wanted[received.request_id]
+                    results[node] = Failure("error", received.text) if received.kind == frame.ERROR else received
+
+    def _seen(self, node: str, received: frame.Frame) -> None:
+        now = time.monotonic()
+        peer = self.peers.get(node)
+        if peer is None:
+            if received.kind != frame.HELLO or len(self.peers) >= 65_000:
+                self.bad_frames += 1
+                return
+            peer = self.peers[node] = Peer(node, len(self.peers) + 1)
+        peer.last_seen_s = now
+        if received.kind == frame.HELLO:
+            if not peer.up and now >= peer.down_until_s:
+                peer.up = True
+            try:
+                welcome = frame.Frame(frame.WELCOME, received.request_id, destination=peer.number, text=node)
+                self.socket.send_multipart((node.encode(), frame.pack(welcome)))
+            except zmq.ZMQError:
+                peer.up = False

@@ -1,0 +1,197 @@
+"""Stock node agents as processes on this machine, with simulated sensors where asked: for the demo, benchmarks and tests.
+
+Agents are the same program that runs on a board (`python -m node_agent.cli run`); the simulator writes kernel-format files
+below each board's sysroot (`python -m firmware_sim.run`). Both are children that end with this process, also when it is
+killed. Leaves out: anything on another machine (`spacemoe up`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ground_station.link import Link
+from ground_station.placement import Holding
+from node_agent import shard
+
+STOP_TIMEOUT_S = 3.0
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class FleetError(RuntimeError):
+    """An agent or the simulator did not start; the text shows its last line and where its log is."""
+
+
+@dataclass(frozen=True)
+class Board:
+    """A simulated board: node id, profile of firmware_sim, memory that placement may fill."""
+
+    node: str
+    profile: str
+    memory_bytes: int
+
+
+def demo_boards(count: int = 4) -> tuple[Board, ...]:
+    """`count` boards that alternate between a Raspberry Pi 5 with an INA226 and a Jetson Orin Nano, 512 MB each for shards."""
+    kinds = (("rpi5", "raspberry-pi-5-ina226"), ("orin", "jetson-orin-nano"))
+    return tuple(Board(f"sat-{i + 1}-{kinds[i % 2][0]}", kinds[i % 2][1], 512 * 1024 * 1024) for i in range(count))
+
+
+def _die_with_parent() -> None:
+    """In the child before exec: SIGTERM when the parent goes, so that not even kill -9 leaves agents behind."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _child(arguments: list[str], log: Path) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with open(log, "ab") as file:
+        return subprocess.Popen(  # own session: Ctrl-C reaches this process alone, which then stops them in order
+            [sys.executable, "-m", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+            env=environment,
+        )
+
+
+def _toml(value: object) -> str:
+    return json.dumps(value)  # strings, numbers, booleans and lists of strings are the same in TOML
+
+
+class LocalFleet:
+    """Starts one agent per board that holds a shard; a context manager that stops everything it started."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        bundle: Path,
+        holdings: tuple[Holding, ...],
+        data_endpoint: str,
+        broker: tuple[str, int],
+        fleet: str = "demo",
+        boards: tuple[Board, ...] = (),
+    ):
+        """`broker` = (host, port). `boards`: those with simulated sensors; a node without a board reads this machine's."""
+        self.run_dir = run_dir
+        self.agents: dict[str, subprocess.Popen] = {}
+        self.simulator: subprocess.Popen | None = None
+        self._configs: dict[str, Path] = {}
+        self._boards = {board.node: board for board in boards}
+        for node in sorted({holding.node for holding in holdings}):
+            home = run_dir / node
+            home.mkdir(parents=True, exist_ok=True)
+            sysroot = home / "sysroot" if node in self._boards else Path("/")
+            stems = [
+                shard.shard_stem(h.layer, h.expert, h.precision).removeprefix("experts/")
+                for h in holdings
+                if h.node == node
+            ]
+            tables = {
+                "node": {
+                    "id": node,
+                    "fleet": fleet,
+                    "board": self._boards[node].profile if node in self._boards else "this machine",
+                    "state_dir": str(home / "state"),
+                    "sysroot": str(sysroot),
+                },
+                "bundle": {"path": str(bundle.resolve()), "shards": stems},
+                "broker": {"host": broker[0], "port": broker[1]},
+                "data": {"endpoint": data_endpoint},
+            }
+            text = ""
+            for table, values in tables.items():
+                text += f"[{table}]\n" + "".join(f"{key} = {_toml(value)}\n" for key, value in values.items()) + "\n"
+            self._configs[node] = home / "spacemoe.toml"
+            self._configs[node].write_text(text)
+
+    def __enter__(self) -> LocalFleet:
+        try:
+            if self._boards:
+                self._start_simulator()
+            for node in self._configs:
+                self.start(node)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+    def _start_simulator(self) -> None:
+        boards = []
+        for node, board in self._boards.items():
+            home = self.run_dir / node
+            boards.append(
+                {
+                    "node": node,
+                    "profile": board.profile,
+                    "sysroot": str(home / "sysroot"),
+                    "pid_file": str(home / "agent.pid"),
+                }
+            )
+        spec = self.run_dir / "simulation.json"
+        spec.write_text(json.dumps({"boards": boards}))
+        self.simulator = _child(["firmware_sim.run", "--spec", str(spec)], self.run_dir / "simulation.log")
+        end = time.monotonic() + 10
+        while not all(any((self.run_dir / n / "sysroot").rglob("temp")) for n in self._boards):
+            if self.simulator.poll() is not None or time.monotonic() > end:
+                raise FleetError(self._why("the board simulator", self.run_dir / "simulation.log"))
+            time.sleep(0.02)
+
+    def start(self, node: str) -> None:
+        """Starts (or starts again) a node's agent."""
+        home = self.run_dir / node
+        self.agents[node] = _child(["node_agent.cli", "run", "--config", str(self._configs[node])], home / "agent.log")
+        with shard.atomic_file(home / "agent.pid") as file:
+            file.write(str(self.agents[node].pid).encode())
+
+    def kill(self, node: str) -> None:
+        """kill -9, as a power cut would."""
+        self.agents[node].kill()
+        self.agents[node].wait()
+
+    def wait_joined(self, link: Link, timeout_s: float = 60.0) -> None:
+        """Waits until every agent has said HELLO on the data plane.  Raises: FleetError as soon as one has ended."""
+        end = time.monotonic() + timeout_s
+        while missing := link.wait_for(set(self._configs), 0.2):
+            self.check()
+            if time.monotonic() > end:
+                raise FleetError(
+                    f"{', '.join(sorted(missing))} did not join within {timeout_s:.0f} s: see {self.run_dir}"
+                )
+
+    def check(self) -> None:
+        """Raises: FleetError when an agent has ended by itself."""
+        for node, process in self.agents.items():
+            if process.poll() is not None:
+                raise FleetError(
+                    self._why(f"agent {node} (exit {process.returncode})", self.run_dir / node / "agent.log")
+                )
+
+    def _why(self, what: str, log: Path) -> str:
+        lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+        return f"{what} did not run: {lines[-1] if lines else 'it wrote nothing'} (log: {log})"
+
+    def stop(self) -> None:
+        children = [*self.agents.values(), *([self.simulator] if self.simulator else [])]
+        for process in children:
+            if process.poll() is None:
+                process.terminate()
+        end = time.monotonic() + STOP_TIMEOUT_S
+        for process in children:
+            try:
+                process.wait(max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

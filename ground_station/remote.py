@@ -1,0 +1,216 @@
+"""Experts on nodes: sends a layer's work to all nodes at once, sums what comes back, and climbs down the fallback ladder.
+
+Ladder (ALGORITHMS): retry -> replica -> lower-precision replica -> skip with renormalised gates. Every rung that is used is
+recorded with the loss it stands for; never an exception to the user while one rung is left. ("Similar expert" needs
+calibrated distances and comes with the policies.)
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ground_station import dispatch
+from ground_station.link import Failure, Link
+from node_agent import compress, frame
+
+TIMEOUT_S = 1.0
+TIMEOUT_PER_ROW_S = 0.02
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step down the ladder for one expert of one layer. `loss` is the share of gate mass that is lost (skip) or 0."""
+
+    rung: str
+    layer: int
+    expert: int
+    node: str
+    reason: str
+    loss: float = 0.0
+
+
+@dataclass
+class Traffic:
+    """What the current token cost on the wire and where its time went (nanoseconds)."""
+
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    codec_ns: int = 0
+    exchange_ns: int = 0
+    expert_us: int = 0  # slowest node's compute of each layer, summed: the critical path
+    node_codec_us: int = 0
+    busy_us: int = 0  # compute of all nodes, summed
+    rungs: list[Rung] = field(default_factory=list)
+
+
+class RemoteExperts:
+    """Runs the pairs of a layer on nodes. `traffic` is replaced by the caller at each token."""
+
+    def __init__(
+        self,
+        link: Link,
+        table: dispatch.Table,
+        codec: str,
+        reply_codec: str | None = None,
+        timeout_s: float = TIMEOUT_S,
+    ):
+        self.link, self.table, self.codec = link, table, codec
+        self.reply_codec = reply_codec or codec
+        self.timeout_s = timeout_s
+        self.traffic = Traffic()
+        self.served: Counter[str] = Counter()
+        self._request_id = 0
+
+    def run(self, layer: int, hidden: np.ndarray, experts: np.ndarray, gates: np.ndarray) -> np.ndarray:
+        """sum of gate * expert(hidden), float32 [T, D], for chosen experts [T, K] and their gates."""
+        total = np.zeros_like(hidden)
+        self.link.drain()
+        up = [self.link.is_up(node) for node in self.table.nodes]
+        work = dispatch.split(layer, experts, gates, self._chooser(layer, up, "node is down"))
+        lost = self._lost_rows(layer, experts, gates, up)
+        failed = self._exchange(layer, hidden, work, total)
+        if failed:
+            lost += self._climb_down(layer, hidden, failed, total, len(hidden))
+        if lost.any():
+            whole = gates.sum(1)
+            kept = whole - lost
+            scale = np.divide(whole, kept, out=np.zeros_like(whole), where=kept > 1e-6 * whole)
+            total *= scale[:, None].astype(np.float32)
+        return total
+
+    def _chooser(self, layer: int, up: list[bool], reason: str, tried: frozenset[int] = frozenset()):
+        """copy_of for dispatch.split: the best copy on a node that is up; notes the rung when that is not the primary."""
+        noted: dict[int, tuple[int, int] | None] = {}
+
+        def copy_of(layer: int, expert: int) -> tuple[int, int] | None:
+            if expert not in noted:
+                copies = self.table.copies[layer, expert]
+                best = next((copy for copy in copies if up[copy[0]] and copy[0] not in tried), None)
+                if best is not None and best != copies[0]:
+                    rung = "replica" if best[1] == copies[0][1] else "lower_precision"
+                    self._note(rung, layer, expert, best[0], reason)
+                noted[expert] = best
+            return noted[expert]
+
+        return copy_of
+
+    def _note(self, rung: str, layer: int, expert: int, node: int, reason: str, loss: float = 0.0) -> None:
+        name = self.table.nodes[node]
+        self.traffic.rungs.append(Rung(rung, layer, expert, name, reason, round(loss, 6)))
+
+    def _lost_rows(self, layer: int, experts: np.ndarray, gates: np.ndarray, up: list[bool]) -> np.ndarray:
+        """Gate mass [T] of experts without a copy on any node that is up; each is noted as skipped."""
+        lost = np.zeros(len(experts), np.float64)
+        if all(up):
+            return lost
+        for expert in np.unique(experts).tolist():
+            copies = self.table.copies[layer, expert]
+            if not any(up[node] for node, _ in copies):
+                mass = np.where(experts == expert, gates, 0).sum(1)
+                if mass.any():
+                    lost += mass
+                    self._note("skip", layer, expert, copies[0][0], "no copy is reachable", float(mass.max()))
+        return lost
+
+    def _exchange(
+        self, layer: int, hidden: np.ndarray, work: list[dispatch.Work], total: np.ndarray
+    ) -> list[tuple[dispatch.Work, Failure]]:
+        """Asks all nodes at once and adds the answers in node order; returns what failed."""
+        if not work:
+            return []
+        timeout_s = self.timeout_s + TIMEOUT_PER_ROW_S * len(hidden)
+        started = time.perf_counter_ns()
+        shared_payload = None
+        requests = {}
+        for item in work:
+            if item.rows is None:
+                shared_payload = shared_payload or compress.encode(self.codec, hidden)
+                x, payload = hidden, shared_payload
+            else:
+                x = hidden[item.rows]
+                payload = compress.encode(self.codec, x)
+            self._request_id += 1
+            data = frame.pack(
+                frame.Frame(
+                    frame.EXPERTS,
+                    self._request_id,
+                    layer,
+                    destination=self.link.peers[self.table.nodes[item.node]].number,
+                    codec=self.codec,
+                    reply_codec=self.reply_codec,
+                    x=x,
+                    pairs=item.pairs,
+                    budget_us=int(timeout_s * 1e6),
+                ),
+                payload,
+            )
+            requests[self.table.nodes[item.node]] = (self._request_id, data)
+            self.traffic.sent_bytes += len(data)
+        packed = time.perf_counter_ns()
+        answers = self.link.exchange(requests, timeout_s)
+        gathered = time.perf_counter_ns()
+        failed = []
+        slowest_us = slowest_codec_us = 0
+        for item in work:
+            node = self.table.nodes[item.node]
+            answer = answers[node]
+            if isinstance(answer, frame.Frame) and (answer.x.shape[0], answer.x.shape[1]) != (
+                len(hidden) if item.rows is None else len(item.rows),
+                hidden.shape[1],
+            ):
+                answer = Failure("error", f"partial sum has shape {list(answer.x.shape)}")
+            if isinstance(answer, Failure):
+                failed.append((item, answer))
+                continue
+            dispatch.add_partial(total, item, answer.x)
+            self.served[node] += len(item.pairs)
+            self.traffic.received_bytes += frame.HEADER_BYTES + compress.CODECS[answer.codec].size(*answer.x.shape)
+            self.traffic.busy_us += answer.compute_us
+            if answer.compute_us + answer.codec_us > slowest_us + slowest_codec_us:
+                slowest_us, slowest_codec_us = answer.compute_us, answer.codec_us
+        self.traffic.codec_ns += packed - started + time.perf_counter_ns() - gathered
+        self.traffic.exchange_ns += gathered - packed
+        self.traffic.expert_us += slowest_us
+        self.traffic.node_codec_us += slowest_codec_us
+        return failed
+
+    def _climb_down(
+        self, layer: int, hidden: np.ndarray, failed: list[tuple[dispatch.Work, Failure]], total: np.ndarray, t: int
+    ) -> np.ndarray:
+        """Retry, then other copies, then skip. Returns the gate mass [T] that was lost."""
+        again = [(item, failure) for item, failure in failed if failure.kind == "unreachable"]
+        retried = [(item, failure) for item, failure in failed if failure.kind != "unreachable"]
+        for item, failure in retried:
+            for expert in np.unique(item.pairs["expert"]).tolist():
+                self._note("retry", layer, expert, item.node, f"{failure.kind}: {failure.text}")
+        again += self._exchange(layer, hidden, [item for item, _ in retried], total)
+        tried: frozenset[int] = frozenset()
+        lost = np.zeros(t, np.float64)
+        while again:
+            for item, failure in again:
+                self.link.mark_down(self.table.nodes[item.node], failure)
+                tried |= {item.node}
+            up = [self.link.is_up(node) for node in self.table.nodes]
+            reason = "; ".join(sorted({f"{self.table.nodes[i.node]} {f.kind}" for i, f in again}))
+            copy_of = self._chooser(layer, up, reason, tried)
+            pairs: list[tuple[int, int, float]] = []
+            for item, _ in again:
+                rows = item.pairs["row"] if item.rows is None else item.rows[item.pairs["row"]]
+                pairs += zip(rows.tolist(), item.pairs["expert"].tolist(), item.pairs["gate"].tolist())
+            width = max(sum(1 for row, _, _ in pairs if row == r) for r in {row for row, _, _ in pairs})
+            experts, gates = np.zeros((t, width), np.int64), np.zeros((t, width), np.float32)
+            filled = [0] * t
+            for row, expert, gate in pairs:
+                if copy_of(layer, expert) is None:
+                    lost[row] += gate
+                    home = self.table.copies[layer, expert][0][0]
+                    self._note("skip", layer, expert, home, reason, gate)
+                else:
+                    experts[row, filled[row]], gates[row, filled[row]] = expert, gate
+                    filled[row] += 1
+            again = self._exchange(layer, hidden, dispatch.split(layer, experts, gates, copy_of), total)
+        return lost

@@ -1,0 +1,153 @@
+"""The agent process: puts experts, data plane, control plane, sensors and energy together, and runs until it is told to stop.
+
+Experts are served whether or not there is a broker. Leaves out: the command line (cli.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from contextlib import ExitStack
+from importlib import metadata
+
+import psutil
+
+from node_agent import energy, experts, sensors, telemetry, wire
+from node_agent.config import Config
+from node_agent.control import Control
+from node_agent.counters import Counters
+from node_agent.dataplane import DataPlane
+
+log = logging.getLogger("node_agent")
+
+DISTRIBUTION = "spacemoe-kit"
+
+
+def version() -> str:
+    """Version of the installed distribution; 'source' when run from a checkout that is not installed."""
+    try:
+        return metadata.version(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return "source"
+
+
+def memory_limit_bytes(config: Config) -> int:
+    """What this agent may use: the configured limit, or what the machine has available now and the agent has already."""
+    if config.node.memory_limit_mb is not None:
+        return config.node.memory_limit_mb * 1_000_000
+    return psutil.virtual_memory().available + psutil.Process().memory_info().rss
+
+
+class Agent:
+    """One node. `run` blocks until `stop` is called (from a signal, a command or another thread)."""
+
+    def __init__(self, config: Config):
+        """Loads the shards.  Raises: AgentError, shard.BundleError."""
+        self.config = config
+        self.counters = Counters()
+        self._memory_bytes = memory_limit_bytes(config)
+        bundle = config.bundle
+        self.experts = experts.load(bundle.path, bundle.shards, self._memory_bytes, bundle.threads)
+        self.found = sensors.find(config.node.sysroot)
+        self._simulated = sensors.is_simulated(config.node.sysroot)
+        self._probe = telemetry.ProcessProbe()
+        self._started_s = time.monotonic()
+        self._stop = threading.Event()
+        self._publishing = threading.Lock()
+        self._meter = energy.EnergyMeter(self.found, config.telemetry.sample_hz)
+        self._link = DataPlane(config.node.id, config.link, self.experts, self.counters, self._bad_frame)
+        self._control = None
+        if config.broker is not None:
+            self._control = Control(config, config.broker, self.counters, self._birth, self._command)
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def run(self) -> None:
+        """Serves until stopped.  Raises: what ended the data plane, should it end by itself."""
+        with ExitStack() as stack:
+            stack.enter_context(self._meter)
+            stack.enter_context(self._link)
+            if self._control is None:
+                log.warning("no [broker] in the configuration: neither telemetry nor commands")
+            else:
+                stack.enter_context(self._control)
+            node = self.config.node
+            counts = f"{len(self.experts.hosted)} shards, {len(self.found.sensors)} sensors"
+            text = f"{node.id}: {counts}, data plane {self.config.link.endpoint}"
+            log.info("started %s", text)
+            self._event("info", "started", text)
+            self.samples(time.time())  # percentages and means are since the last reading: this is the first
+            period_s = self.config.telemetry.period_s
+            due_s = time.monotonic() + period_s
+            while not self._stop.wait(max(0.0, due_s - time.monotonic())):
+                if not self._link.alive:
+                    raise self._link.failed or RuntimeError("the data plane ended by itself")
+                self._publish()
+                due_s = max(due_s + period_s, time.monotonic())  # after a delay: go on, without a burst
+        log.info("stopped %s", self.config.node.id)
+
+    def _publish(self) -> None:
+        """Telemetry now: from the loop each period, and from paho's thread for the command `sample`."""
+        if self._control is not None:
+            with self._publishing:
+                now = time.time()
+                self._control.telemetry(self.samples(now), now)
+
+    def samples(self, generated_at: float) -> tuple[wire.Sample, ...]:
+        """What telemetry says now."""
+        readings = tuple(sensors.read(sensor) for sensor in self.found.sensors)
+        return telemetry.snapshot(
+            readings,
+            self._meter.snapshot(),
+            self._probe.read(),
+            self.counters,
+            time.monotonic() - self._started_s,
+            self._simulated,
+            generated_at,
+        )
+
+    def _birth(self, bd_seq: int) -> wire.Birth:
+        config = self.config
+        rate_hz = 1.0 / config.telemetry.period_s
+        return wire.Birth(
+            node=config.node.id,
+            bd_seq=bd_seq,
+            agent_version=version(),
+            board=config.node.board,
+            generated_at=time.time(),
+            sensors=tuple(sensors.info(sensor, rate_hz) for sensor in self.found.sensors),
+            shards=self.experts.hosted,
+            bundle=self.experts.bundle,
+            memory_bytes=self._memory_bytes,
+            data_endpoint=config.link.endpoint,
+            data_public_key=self._link.public_key,
+        )
+
+    def _command(self, name: str, arguments: dict[str, str]) -> tuple[bool, str]:
+        if name == "stop":
+            self.stop()
+            return True, "stopping"
+        if name == "sample":  # joules up to this moment: what the ledger of one text is made of
+            self._meter.sample()
+            self._publish()
+            return True, "telemetry published"
+        return False, f"command {name[:40]!r} is unknown to this agent: use rebirth, ping, sample or stop"
+
+    def _bad_frame(self, kind: str, text: str) -> None:
+        log.warning("first bad frame of kind %s: %s", kind, text)
+        self._event("warning", "bad_frame", f"{kind}: {text}")
+
+    def _event(self, severity: str, kind: str, text: str) -> None:
+        if self._control is not None:
+            self._control.event(severity, kind, text)
+
+
+def run(config: Config) -> None:
+    """Runs an agent in the main thread until SIGTERM, SIGINT or the command `stop`.  Raises: AgentError, BundleError."""
+    agent = Agent(config)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: agent.stop())
+    agent.run()

@@ -1,0 +1,114 @@
+"""Command line of a board: `node-agent run | selftest | sensors`.
+
+Exit codes: 0 success, 1 a self-test check failed, 2 wrong usage or configuration, 3 a bundle or shard cannot be used,
+4 anything else on this machine. Errors are one line on stderr that names the next step.
+Leaves out: all logic; heavy imports happen inside the sub-commands, so that --help is fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_BUNDLE, EXIT_MACHINE = 0, 1, 2, 3, 4
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib import metadata
+
+        try:
+            print(f"node-agent {metadata.version('spacemoe-kit')}")
+        except metadata.PackageNotFoundError:
+            print("node-agent source")
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="node-agent", description="Serves expert shards and telemetry from a board.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="serve until stopped")
+    run.add_argument("--config", required=True, type=Path, metavar="FILE", help="the agent's TOML file")
+    selftest = commands.add_parser("selftest", help="check this machine, and measure a bundle's experts on it")
+    selftest.add_argument(
+        "--bundle", type=Path, metavar="DIR", help="verify every file of this bundle and time its experts"
+    )
+    selftest.add_argument("--sysroot", type=Path, default=Path("/"), metavar="DIR", help="folder that /sys is below")
+    selftest.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    sensors = commands.add_parser("sensors", help="list the sensors found, and read each once")
+    sensors.add_argument("--sysroot", type=Path, default=Path("/"), metavar="DIR", help="folder that /sys is below")
+    sensors.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    import logging
+
+    from node_agent import config
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    settings = config.load(arguments.config)  # before onnxruntime is imported: a typing error is told at once
+    from node_agent import agent
+
+    agent.run(settings)
+    return EXIT_OK
+
+
+def _selftest(arguments: argparse.Namespace) -> int:
+    from node_agent import selftest
+
+    report = selftest.run(arguments.bundle, arguments.sysroot)
+    print(json.dumps(selftest.as_tree(report), indent=1) if arguments.json else selftest.as_table(report))
+    return EXIT_OK if report.ok else EXIT_FAILED
+
+
+def _sensors(arguments: argparse.Namespace) -> int:
+    import dataclasses
+
+    from node_agent import sensors
+
+    found = sensors.find(arguments.sysroot)
+    samples = [sensors.read(sensor) for sensor in found.sensors]
+    total = [sensor.name for sensor in found.total]
+    if arguments.json:
+        left_out = [{"path": str(item.path), "reason": item.reason} for item in found.left_out]
+        tree = {"sensors": [dataclasses.asdict(sample) for sample in samples], "total": total, "left_out": left_out}
+        print(json.dumps(tree, indent=1))
+        return EXIT_OK
+    for sample in samples:
+        value = "-" if sample.value is None else f"{sample.value:.3f}"
+        print(f"{sample.name:32} {value:>10} {sample.unit:5} {sample.validity:8} {sample.provenance:10} {sample.scope}")
+    print(f"total power: {' + '.join(total) or 'no sensor for it'}")
+    for item in found.left_out:
+        print(f"left out: {item.path}: {item.reason}")
+    return EXIT_OK
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses, runs one sub-command, and turns expected errors into one line and an exit code."""
+    arguments = _parser().parse_args(argv)
+    from node_agent.errors import AgentError, ConfigError, ExpertError
+    from node_agent.shard import BundleError
+
+    command = {"run": _run, "selftest": _selftest, "sensors": _sensors}[arguments.command]
+    try:
+        return command(arguments)
+    except ConfigError as error:
+        text, code = str(error), EXIT_USAGE
+    except (BundleError, ExpertError) as error:
+        text, code = str(error), EXIT_BUNDLE
+    except (AgentError, OSError) as error:
+        text, code = str(error), EXIT_MACHINE
+    except ImportError as error:
+        text, code = f"{error}: install the base package again (pip install spacemoe-kit)", EXIT_MACHINE
+    except KeyboardInterrupt:
+        text, code = "interrupted", 130
+    print(f"node-agent: {' '.join(text.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

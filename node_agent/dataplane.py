@@ -1,0 +1,297 @@
+"""The data plane of a node: hidden states in, gate-weighted partial sums out, over one ZeroMQ DEALER that dials the ground.
+
+`Service` is the pure part, bytes in and bytes out, and never raises for what a frame holds: a bad frame is counted by kind
+and answered by an ERROR frame. `DataPlane` is the loop around it, one thread. Nothing is logged on the hot path.
+Leaves out: what an expert is (experts.py) and the layout of frames (frame.py).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import Callable
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from node_agent import compress, frame
+from node_agent.config import Z85_PATTERN, LinkConfig
+from node_agent.counters import Counters
+from node_agent.errors import ConfigError, UnknownExpertError
+from node_agent.experts import Experts
+from node_agent.shard import atomic_file
+
+HELLO_PERIOD_S = 1.0
+HELLO_RETRY_S = 0.1  # while there is no connection
+WAIT_MS = 100  # longest sleep in recv: how soon a stop is seen
+QUEUE_FRAMES = 16  # high-water mark of each direction
+MAX_DRAINED = 64  # frames held back while one is computed
+MAX_DRAINED_BYTES = frame.MAX_PAYLOAD_BYTES
+CONNECT_TIMEOUT_MS = 2000
+DEAD_S = 4.0  # without connection and without a try for longer: ZeroMQ has given up, and the socket is made anew
+FIRST_ERROR_CHARS = 200
+
+OnError = Callable[[str, str], None]
+
+
+class Service:
+    """Answers frames. `on_first_error(kind, text)` is called for the first error of each kind."""
+
+    def __init__(self, node: str, experts: Experts, counters: Counters, on_first_error: OnError):
+        self.number = 0  # ours, from WELCOME
+        self.welcomed = False
+        self._node, self._experts, self._counters, self._on_first_error = node, experts, counters, on_first_error
+        self.hello = frame.pack(frame.Frame(frame.HELLO, text=node))
+
+    def answer(self, data: bytes, received_ns: int) -> bytes | None:
+        """The reply to `data`, which arrived at `received_ns` of time.perf_counter_ns(), or None where none is due."""
+        self._counters.bytes_in += len(data)
+        started_ns = time.perf_counter_ns()
+        try:
+            request = frame.unpack(data)
+        except frame.FrameError as error:
+            stale = data[:4] == frame.MAGIC and len(data) > 4 and data[4] != frame.VERSION
+            return self._refuse("version" if stale else "malformed", str(error), error.request_id)
+        if request.kind == frame.EXPERTS:
+            return self._experts_reply(request, received_ns, time.perf_counter_ns() - started_ns)
+        if request.kind == frame.PING:
+            return frame.pack(
+                frame.Frame(
+                    frame.PONG, request.request_id, source=self.number, destination=request.source, text=request.text
+                )
+            )
+        if request.kind == frame.WELCOME:
+            self.number, self.welcomed = request.destination, True
+            return None
+        if request.kind == frame.ERROR:  # never answered: two sides must not send errors to and fro
+            self._count("peer", request.text)
+            return None
+        return self._refuse("kind", f"frame kind {request.kind} is not for a node", request.request_id, request.source)
+
+    def _experts_reply(self, request: frame.Frame, received_ns: int, decode_ns: int) -> bytes:
+        start_ns = time.perf_counter_ns()
+        if request.budget_us and start_ns - received_ns > request.budget_us * 1000:
+            late_ms = (start_ns - received_ns) / 1e6
+            text = f"deadline passed: {late_ms:.1f} ms in the queue, the budget was {request.budget_us / 1e3:.1f} ms"
+            return self._refuse("deadline", text, request.request_id, request.source, request.layer)
+        where = (request.request_id, request.source, request.layer)
+        if request.layer not in self._experts.layers:
+            return self._refuse("layer", f"layer {request.layer} is not on this node: ask for its birth again", *where)
+        try:
+            partial = self._experts.run(request.layer, request.x, request.pairs)
+        except UnknownExpertError as error:
+            return self._refuse("expert", str(error), *where)
+        except ValueError as error:
+            return self._refuse("shape", str(error), *where)
+        except Exception as error:  # onnxruntime's exceptions have no common base; a node serves on
+            return self._refuse("compute", f"{type(error).__name__}: {str(error)[:FIRST_ERROR_CHARS]}", *where)
+        computed_ns = time.perf_counter_ns()
+        try:
+            payload = compress.encode(request.reply_codec, partial)
+        except compress.CodecError as error:
+            return self._refuse("compute", f"experts gave a result that cannot be sent: {error}", *where)
+        compute_ns, codec_ns = computed_ns - start_ns, decode_ns + time.perf_counter_ns() - computed_ns
+        reply = frame.pack(
+            frame.Frame(
+                frame.PARTIAL,
+                request.request_id,
+                request.layer,
+                source=self.number,
+                destination=request.source,
+                codec=request.reply_codec,
+                x=partial,
+                compute_us=compute_ns // 1000,
+                codec_us=codec_ns // 1000,
+            ),
+            payload,
+        )
+        counters = self._counters
+        counters.requests += 1
+        counters.tokens += partial.shape[0]
+        counters.pairs += len(request.pairs)
+        counters.compute_s += compute_ns / 1e9
+        counters.codec_s += codec_ns / 1e9
+        return reply
+
+    def _count(self, kind: str, text: str) -> None:
+        if Counters.count(self._counters.link_errors, kind):
+            self._on_first_error(kind, text[:FIRST_ERROR_CHARS])
+
+    def _refuse(self, kind: str, text: str, request_id: int, destination: int = frame.GROUND, layer: int = 0) -> bytes:
+        self._count(kind, text)
+        return frame.pack(
+            frame.Frame(
+                frame.ERROR,
+                request_id,
+                layer,
+                source=self.number,
+                destination=destination,
+                text=f"{self._node}: {text}",
+            )
+        )
+
+
+def own_key(path: Path) -> tuple[bytes, bytes]:
+    """(public, secret) CURVE key of this node, Z85; made in `path` (readable by its owner alone) when there is none.
+
+    Raises: ConfigError for a file that holds no key or that others may read.
+    """
+    try:
+        mode = path.stat().st_mode
+        secret = path.read_text().strip()
+    except FileNotFoundError:
+        public, made = zmq.curve_keypair()
+        previous = os.umask(0o077)
+        try:
+            with atomic_file(path) as file:
+                file.write(made + b"\n")
+        finally:
+            os.umask(previous)
+        return public, made
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"[data] secret_key_file {path} cannot be read ({error}): mend or remove it") from None
+    if mode & 0o077:
+        raise ConfigError(f"[data] secret_key_file {path} can be read by others: chmod 600 {path}")
+    if not Z85_PATTERN.fullmatch(secret):
+        raise ConfigError(
+            f"[data] secret_key_file {path} holds no key of 40 characters: remove it and a new one is made"
+        )
+    return zmq.curve_public(secret.encode()), secret.encode()
+
+
+class _Dialling:
+    """Watches a socket's connection. libzmq never dials again after a protocol error such as a frame over MAXMSGSIZE
+    (session_base.cpp, engine_error: only timeouts and lost connections are retried), so a node would stay away for good."""
+
+    def __init__(self, socket: zmq.Socket):
+        self._socket = socket
+        self._monitor = socket.get_monitor_socket()
+        self._connected, self._last_event_s = False, time.monotonic()
+
+    def __enter__(self) -> _Dialling:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._socket.disable_monitor()
+
+    def dead(self, now_s: float) -> bool:
+        while self._monitor.poll(0):
+            event = recv_monitor_message(self._monitor)["event"]
+            self._last_event_s = now_s
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._connected = True
+            elif event in (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED):
+                self._connected = False
+        return not self._connected and now_s - self._last_event_s > DEAD_S
+
+
+class DataPlane:
+    """The loop: one thread that owns the socket. Use as a context manager; `failed` holds what ended it early."""
+
+    def __init__(self, node: str, link: LinkConfig, experts: Experts, counters: Counters, on_first_error: OnError):
+        self.service = Service(node, experts, counters, on_first_error)
+        self.failed: Exception | None = None
+        self.public_key = ""
+        self._node, self._link, self._counters = node, link, counters
+        self._keys = own_key(link.secret_key_file) if link.server_public_key else None
+        if self._keys:
+            self.public_key = self._keys[0].decode()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="dataplane", daemon=True)
+
+    def __enter__(self) -> DataPlane:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join(5.0)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def _open(self, context: zmq.Context) -> zmq.Socket:
+        socket = context.socket(zmq.DEALER)
+        for option, value in (
+            (zmq.ROUTING_ID, self._node.encode()),
+            (zmq.LINGER, 0),
+            (zmq.IMMEDIATE, 1),  # nothing is queued for a ground station that is not there
+            (zmq.SNDHWM, QUEUE_FRAMES),
+            (zmq.RCVHWM, QUEUE_FRAMES),
+            (zmq.MAXMSGSIZE, frame.MAX_FRAME_BYTES),
+            (zmq.RECONNECT_IVL, 100),
+            (zmq.RECONNECT_IVL_MAX, 1000),
+            (zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS),
+            (zmq.TCP_KEEPALIVE, 1),
+            (zmq.TCP_KEEPALIVE_IDLE, 10),
+            (zmq.TCP_KEEPALIVE_INTVL, 5),
+            (zmq.TCP_KEEPALIVE_CNT, 3),
+            (zmq.HEARTBEAT_IVL, 2000),  # ZMTP's own, answered by the I/O thread: finds a ground station that vanished
+            (zmq.HEARTBEAT_TIMEOUT, 6000),
+            (zmq.IPV6, 1),
+            (zmq.RCVTIMEO, WAIT_MS),
+            (zmq.SNDTIMEO, WAIT_MS),
+        ):
+            socket.setsockopt(option, value)
+        if self._keys:
+            socket.curve_publickey, socket.curve_secretkey = self._keys
+            socket.curve_serverkey = self._link.server_public_key.encode()
+        socket.connect(self._link.endpoint)
+        return socket
+
+    def _run(self) -> None:
+        context = zmq.Context(io_threads=1)
+        try:
+            while not self._stop.is_set():
+                with self._open(context) as socket, _Dialling(socket) as dialling:
+                    self._serve(socket, dialling)
+        except Exception as error:  # the agent reports it and exits: a node without a data plane is no node
+            self.failed = error
+        finally:
+            context.destroy(linger=0)
+
+    def _serve(self, socket: zmq.Socket, dialling: _Dialling) -> None:
+        """Serves until a stop, or until the socket has to be made anew."""
+        waiting: deque[tuple[int, bytes]] = deque()
+        next_hello_s = 0.0
+        while not self._stop.is_set():
+            now_s = time.monotonic()
+            if now_s >= next_hello_s:
+                if dialling.dead(now_s):
+                    return
+                next_hello_s = now_s + (HELLO_PERIOD_S if self._send_hello(socket) else HELLO_RETRY_S)
+            if not waiting:
+                try:
+                    data = socket.recv()
+                except zmq.Again:
+                    continue
+                waiting.append((time.perf_counter_ns(), data))
+            self._drain(socket, waiting)
+            received_ns, data = waiting.popleft()
+            reply = self.service.answer(data, received_ns)
+            if reply is not None:
+                try:
+                    socket.send(reply)
+                    self._counters.bytes_out += len(reply)
+                except zmq.Again:  # the ground station went away meanwhile
+                    Counters.count(self._counters.link_errors, "unsent")
+
+    @staticmethod
+    def _drain(socket: zmq.Socket, waiting: deque[tuple[int, bytes]]) -> None:
+        """Takes in what has arrived already, so that its budget counts from now and not from when its turn comes."""
+        held = sum(len(data) for _, data in waiting)
+        while len(waiting) < MAX_DRAINED and held < MAX_DRAINED_BYTES and socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            data = socket.recv(zmq.NOBLOCK)
+            held += len(data)
+            waiting.append((time.perf_counter_ns(), data))
+
+    def _send_hello(self, socket: zmq.Socket) -> bool:
+        try:
+            socket.send(self.service.hello, zmq.NOBLOCK)
+            return True
+        except zmq.Again:
+            return False

@@ -1,0 +1,30 @@
+"""Errors that the command line prints as one line: each text says what is wrong, with which value, and the next step.
+
+Leaves out: WireError, FrameError, CodecError and BundleError, which belong to the contract modules.
+"""
+
+from __future__ import annotations
+
+
+class AgentError(Exception):
+    """Base of what this package raises on purpose."""
+
+
+class ConfigError(AgentError, ValueError):
+    """The configuration cannot be used."""
+
+
+class ExpertError(AgentError, ValueError):
+    """A shard cannot be loaded or does not compute what its manifest says."""
+
+
+class UnknownExpertError(AgentError, LookupError):
+    """An expert is asked for that this node does not host."""
+
+
+class MemoryLimitError(AgentError, MemoryError):
+    """The shards do not fit into the memory that this agent may use."""
+
+
+class AlreadyRunningError(AgentError, RuntimeError):
+    """Another agent uses the same state folder."""

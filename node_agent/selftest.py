@@ -1,0 +1,324 @@
+"""Self-test of a board: is everything here that an agent needs, does it compute correctly, and how fast are a bundle's experts.
+
+Without a bundle nothing is timed and nothing is made up. The built-in expert is a real graph of `quantize.expert_graph`
+(4-bit MatMulNBits, D=64, I=32, patterned weights), so that a board needs no onnx package to check its kernels.
+Leaves out: the network (broker, ground station) and long runs under heat.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+import zlib
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+
+PACKAGES = ("numpy", "onnxruntime", "paho-mqtt", "psutil", "pyzmq", "cryptography")
+MIN_FREE_BYTES = 200_000_000
+EARLIEST_CLOCK_S = 1_767_225_600  # 2026-01-01: before it a board's clock was not set, and TLS would fail
+EXPERT_TOLERANCE = 0.05  # 8-bit activations against float64; measured 0.011 on AVX2
+TIMED_RUNS = 30
+WARM_RUNS = 5
+
+# Row x[k] = ((37 k) mod 101 - 50) / 50, k < 64, and y of the float64 formula down(silu(gate x) * up x) on the dequantized weights.
+_EXPECTED = (
+    -0.1785,
+    0.0439,
+    0.0368,
+    -0.0596,
+    0.0748,
+    -0.0001,
+    -0.1112,
+    -0.0148,
+    -0.0215,
+    -0.0449,
+    -0.0513,
+    0.1916,
+    -0.1646,
+    0.0499,
+    0.0119,
+    0.0041,
+    0.016,
+    0.0446,
+    -0.0159,
+    -0.1811,
+    0.0668,
+    -0.0692,
+    -0.1194,
+    0.1343,
+    0.0052,
+    -0.0638,
+    0.0409,
+    -0.0359,
+    -0.0681,
+    0.0143,
+    0.0623,
+    -0.2572,
+    -0.0187,
+    0.0684,
+    -0.0521,
+    -0.2904,
+    0.031,
+    0.0151,
+    -0.1975,
+    0.0625,
+    0.0709,
+    -0.1458,
+    0.0585,
+    0.0614,
+    -0.0001,
+    -0.0795,
+    0.1145,
+    -0.0444,
+    0.0024,
+    -0.0422,
+    -0.0116,
+    -0.0691,
+    0.0305,
+    -0.0618,
+    -0.2151,
+    0.0321,
+    0.0308,
+    -0.1402,
+    0.0724,
+    -0.0609,
+    -0.0691,
+    0.0568,
+    0.0555,
+    -0.1443,
+)
+_GRAPH = (
+    "eNrtl3k4VGscx50xMV7bmIiUSOVqKqXNpYU7LTSiREUqjTExHEZmjvUqlahIWkSLS5urhZs2aeNqk1bR4mp1tUmrtEnumWPc85o5zfx1/7n3zvOc"
+    "53fe9zxzzuf5vN9zfucwgENKP5COACQaaAXyJAI/LNxmEdDt3BXzeaiAhQSZaspmLLXdeBI3DHXnCCViNgMgriZOuQhNuufesWcE9Hh8PhbB48f4"
+    "oYJIAWpCl05rA7o//peOgQEA/qiIH+InFsYKTCzwKQddvijUJlTIjxCJRQslYA5Aglja4ihhIIrZSK/N0pINsHBTHdmuOBwVSiy7eUoL2xDQedFC"
+    "sUl75w+RXokFtMOwUD8RJgnH8KvT8DngAbqcuHMgFqKYKZANeHyJpZYHJuSHOAtQjK0PuvHQ8CCekZpagmMugsjjDgbwWQDJykJ4f58zFEMt1XF3"
+    "IBn3zQMaAaKoMFw2IKrMdIwpXTqk0GzxD2hmIQL2JibDiUFjMJk0DpkAbgJz2KavM471kfzxvVrsGNjon2E2qcJJ3Novz8ajFknUcSx+7d9olnHF"
+    "qaJVPH7lvYgLvReemL77y8TN45ffsYzqzTuqNvPLtI2vRtwZEnH5yOAJx/tuAH2z9Bc904986Xf+pdelcbsuDd/Ta9keZvLnBWOxEk6SqWemRcAn"
+    "W0yPc8vcs8nicJttpd76OvP8pvAS/sWhK1789Kvu92qj/xazjAqn6FZxns2sWo9EnZHFjv6NrAwzp4o34labPN4Jtd1fpm1+tfzOkKjLvKPaM/dO"
+    "2/h8xMohERcMFmpP393+zC/ypdf5cV6Xhu/qNXwPc9lnZvK3Bbe/Ce66H7k74fjgDaL8JqzELanSM3NQQL4tpsVJMvd8ahHQZntOj1NnvrNJhb5h"
+    "Mk37bPJqPVbpJCrolGkyOKo9fW/7xucKOmWakr8JbrsL7k5Q0CnT1JZUOT+zLiBfQacKfXyZpvsetTqJJx2LFXTKNE18Pn75PcsLvRV0yjQd75sF"
+    "FmXpRyrolGmyKGlbWqmXWaegU4W+TdSpI3VSp47USZ06Uid16kidKvRdpE4dqZM6daRO6tSROqlTR+pUoe8rdepIndSpI3VSp47USZ06UqcKfUOp"
+    "U0fqpE4dqZM6daRO6tSROlXom0GdOlIndepIndSpI3VSp47UqULfCurUkTqpU0fqpE4dqZM6daROFfqOKWkdhE4lrYPQqaR1EDqVtA5Cpwp9L5S0"
+    "DkKnktZB6FTSOgidSloHoVOFvj5KWgehU0nrIHQqaR2ETnYWXfpiwEQ4Xd8GuQl0cHvnWOnmbX+Y2PK2niW29201xPb/8X/3cfYGBh4NhHhnlL3F"
+    "chMYB3r8fOPHX97P6axG2edcyprjdloVVvkspaeWxp7teVrde8fHbY9GJ9yMvWb4YHJojeup/q4HB26lDUzXjBkZX8RNY/nmWKNv7OM1uPen/NYt"
+    "5Pcf1vzZWQut5lf5pNLHltoF15tmG7moz9vhvO3RmIQBsdd6hql7FwQ9+BBaM/lUjevB/lsPDkynXdHgVhvva7AuallVrpFTHdgFDq92pU+D6yHI"
+    "bU/GXB8AQb4NWvshFIKclVON5kKQXeDwWuYS3hwHQQ5YclZ4GoJc/dZk7QcI8rU12mIPQXaBw6tPlVYqHYI8zZj3zhmC7L56u8laCDK6qCWtHILs"
+    "AofX+uD1RtkQpPO6JynXIcj93R22m0CQCDfN2BeClFveA3HNgwqtIMjr7CWGQghy1P4zDtshyC3VxrkNEKTc8k6hpx62K4UghYcYBe8gyKuj5p5x"
+    "gCD7obn28RCk3PLeyDZyK3OBIN9NXTc6BYKcffXx3DMQ5MkW+3INCFJueUOsCm/5VEGQKTfZ1wwhyIezFz+eC0FOSiv3zYEg5Zb3famdqD4YgjQM"
+    "O+RdAEHGPNRc/BiCvG/s22ANQcot7xqXsk9xzRBkwcepj0ZDkLSYdM3FEGRgbkN8EQQpt7w9Ou5aErLjriUhO+5aEpKdQZM+FfCGAX3RchNonU+S"
+    "zifIf208xxAg0Sx9oMtAWFpAnYV4AVyUPz4bozDLoQM1phHHAHT9TmcifwGg0VF4"
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at. `text` says what was found and, where it failed, the next step."""
+
+    name: str
+    ok: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one expert for one row: n runs of each shard timed, over all shards of a precision."""
+
+    precision: str
+    n: int
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """`timings` is empty without a bundle."""
+
+    checks: tuple[Check, ...]
+    timings: tuple[Timing, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok for check in self.checks)
+
+
+def _guarded(name: str, check: Callable[[], tuple[bool, str]]) -> Check:
+    """A check that raises has failed; the others go on."""
+    try:
+        return Check(name, *check())
+    except Exception as error:
+        return Check(name, False, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+def _python() -> tuple[bool, str]:
+    text = f"{platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}"
+    return sys.version_info >= (3, 10), text if sys.version_info >= (
+        3,
+        10,
+    ) else f"{text}: Python 3.10 or newer is needed"
+
+
+def _package(name: str) -> tuple[bool, str]:
+    try:
+        return True, metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False, f"missing: pip install {name}"
+
+
+def _kernels() -> tuple[bool, str]:
+    from node_agent.experts import open_session
+
+    session = open_session(zlib.decompress(base64.b64decode(_GRAPH)))
+    x = (((np.arange(64) * 37) % 101 - 50) / 50).reshape(1, 64).astype(np.float32)
+    error = relative_error(session.run(["y"], {"x": x})[0][0])
+    text = f"4-bit expert: relative error {error:.4f} against float64, {EXPERT_TOLERANCE} allowed"
+    return (
+        error <= EXPERT_TOLERANCE,
+        text if error <= EXPERT_TOLERANCE else f"{text}: do not use this onnxruntime build",
+    )
+
+
+def relative_error(y: np.ndarray) -> float:
+    """||y - expected|| / ||expected|| for y [64] of the built-in expert."""
+    expected = np.array(_EXPECTED)
+    return float(np.linalg.norm(y - expected) / np.linalg.norm(expected))
+
+
+def _codecs() -> tuple[bool, str]:
+    from node_agent import compress, frame
+
+    x = np.sin(np.arange(2 * 200, dtype=np.float32)).reshape(2, 200)
+    # Largest error by each format's definition: half a step (q4's range is lopsided, so a whole one), fp16's 2^-11 of scale and value.
+    limits = {"fp32": 0.0, "fp16": 2.0**-11, "q8": 0.5 / 127 + 2.0**-10, "q4": 1 / 8 + 2.0**-10}
+    worst = []
+    for name, limit in limits.items():
+        pairs = np.array([(0, 3, 1, 0.5)], frame.PAIR)
+        back = frame.unpack(frame.pack(frame.Frame(frame.EXPERTS, 7, codec=name, x=x, pairs=pairs)))
+        error = float(np.abs(back.x - x).max())
+        if error > limit:
+            return False, f"{name} round trip errs by {error:.2e}, {limit:.2e} is allowed: report this machine"
+        worst.append(f"{name} {error:.1e}")
+    if set(limits) != set(compress.CODECS):
+        return False, f"codecs {', '.join(set(compress.CODECS) ^ set(limits))} are not covered by this self-test"
+    return True, "largest error " + ", ".join(worst)
+
+
+def _sensors(sysroot: Path) -> tuple[bool, str]:
+    from node_agent import sensors
+
+    found = sensors.find(sysroot)
+    samples = [sensors.read(sensor) for sensor in found.sensors]
+    valid = [sample for sample in samples if sample.validity == "ok"]
+    parts = [f"{len(valid)} of {len(samples)} readable"]
+    parts.append(
+        "total power: "
+        + (" + ".join(sensor.name for sensor in found.total) or "no sensor, so no joules will be published")
+    )
+    parts += [f"left out {item.path}: {item.reason}" for item in found.left_out[:8]]
+    return True, "; ".join(parts)
+
+
+def _clock() -> tuple[bool, str]:
+    now = time.time()
+    text = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now))
+    return now > EARLIEST_CLOCK_S, text if now > EARLIEST_CLOCK_S else f"{text}: set the clock (NTP), or TLS will fail"
+
+
+def _disk() -> tuple[bool, str]:
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    text = f"{free / 1e9:.2f} GB free"
+    return (
+        free >= MIN_FREE_BYTES,
+        text if free >= MIN_FREE_BYTES else f"{text}: free {MIN_FREE_BYTES / 1e6:.0f} MB at least",
+    )
+
+
+def _bundle(root: Path) -> tuple[list[Check], list[Timing]]:
+    """Verifies every listed file; then loads one shard after the other and times it for one row."""
+    from node_agent import shard
+
+    try:
+        manifest = shard.read_manifest(root)
+    except shard.BundleError as error:
+        return [Check("bundle manifest", False, str(error))], []
+    entries = [*manifest.files, *(item for part in (*manifest.segments, *manifest.shards) for item in part.files)]
+    unique = {entry.path: entry for entry in entries}
+    checks, damaged = [Check("bundle manifest", True, f"{manifest.name}, {len(manifest.shards)} shards")], 0
+    for entry in unique.values():
+        try:
+            shard.verify_file(root, entry)
+        except shard.BundleError as error:
+            damaged += 1
+            if damaged <= 10:
+                checks.append(Check(f"file {entry.path}", False, str(error)))
+    checks.append(
+        Check("bundle files", not damaged, f"{len(unique) - damaged} of {len(unique)} are as the manifest says")
+    )
+    if damaged:
+        return checks, []
+    timings: dict[str, list[float]] = {}
+    check = _guarded("bundle experts", lambda: _time_shards(root, manifest, timings))
+    return [*checks, check], [_timing(precision, ms) for precision, ms in timings.items()]
+
+
+def _time_shards(root: Path, manifest: Any, timings: dict[str, list[float]]) -> tuple[bool, str]:
+    from node_agent.experts import open_session
+
+    x = np.random.default_rng(0).standard_normal((1, manifest.dims.hidden)).astype(np.float32)
+    for entry in manifest.shards:
+        session = open_session(root / entry.files[0].path)
+        for run in range(WARM_RUNS + TIMED_RUNS):
+            start = time.perf_counter()
+            y = session.run(["y"], {"x": x})[0]
+            if run >= WARM_RUNS:
+                timings.setdefault(entry.precision, []).append((time.perf_counter() - start) * 1e3)
+        if y.shape != x.shape or not np.isfinite(y).all():
+            return False, f"{entry.files[0].path} gives a result that is not finite: write the bundle again"
+    return True, f"{len(manifest.shards)} shards run"
+
+
+def _timing(precision: str, ms: list[float]) -> Timing:
+    ms = sorted(ms)
+    return Timing(precision, len(ms), statistics.median(ms), ms[len(ms) // 10], ms[len(ms) * 9 // 10])
+
+
+def run(bundle: Path | None = None, sysroot: Path = Path("/")) -> Report:
+    """All checks, in order; none stops the others."""
+    checks = [_guarded("python", _python)]
+    checks += [_guarded(name, lambda name=name: _package(name)) for name in PACKAGES]
+    checks += [
+        _guarded("onnxruntime kernels", _kernels),
+        _guarded("codecs", _codecs),
+        _guarded("sensors", lambda: _sensors(sysroot)),
+        _guarded("clock", _clock),
+        _guarded("disk", _disk),
+    ]
+    timings: list[Timing] = []
+    if bundle is not None:
+        more, timings = _bundle(bundle)
+        checks += more
+    return Report(tuple(checks), tuple(timings))
+
+
+def as_tree(report: Report) -> dict[str, Any]:
+    """For --json."""
+    return {"ok": report.ok, **asdict(report)}
+
+
+def as_table(report: Report) -> str:
+    """For people."""
+    lines = [f"{'ok  ' if check.ok else 'FAIL'} {check.name:20} {check.text}" for check in report.checks]
+    for t in report.timings:
+        spread = f"p10 {t.p10_ms:.3f}, p90 {t.p90_ms:.3f}"
+        lines.append(f"     {t.precision:20} {t.median_ms:.3f} ms per row (median; {spread}; n {t.n})")
+    return "\n".join(lines)

@@ -1,0 +1,239 @@
+"""Bundle contract: the manifest, and how a shard is written, read and verified.
+
+A bundle is a folder (ARCHITECTURE in README): `manifest.json`, `trunk/`, `experts/`, `calibration.npz`, `tokenizer.json`,
+`config.json`, `README.md`. A shard is one expert of one layer in one precision: a small ONNX graph (`x` float32 [T, D] ->
+`y` float32 [T, D]) and its weights as ONNX external data beside it. Every file is listed with its size and sha256;
+a half-written or altered file is refused by name. Files are written to a temporary name, flushed and renamed.
+Leaves out: how graphs are built (quantize) and run (node_agent.experts, ground_station).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Iterator
+
+from node_agent import wire
+
+FORMAT = "spacemoe-bundle"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 256 * 1024 * 1024
+PARTIAL_SUFFIX = ".partial"
+
+
+class BundleError(ValueError):
+    """A bundle or shard cannot be used; the text names the file and the next step."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file of the bundle; `path` is relative, with '/' as separator."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One expert of one layer in one precision. `files[0]` is the ONNX graph, the rest its external data.
+
+    `rel_error`: ||y - y_fp32|| / ||y_fp32|| on calibration inputs; `ms` and `joules` per token are None until measured.
+    """
+
+    layer: int
+    expert: int
+    precision: str
+    files: tuple[FileEntry, ...]
+    rel_error: float | None = None
+    ms: float | None = None
+    joules: float | None = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(item.bytes for item in self.files)
+
+    @property
+    def sha256(self) -> str:
+        """One digest for the whole shard: that of its files' digests in order."""
+        return hashlib.sha256("".join(item.sha256 for item in self.files).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of the trunk between two MoE layers; `files[0]` is the ONNX graph.
+
+    Segment 0 takes `input_ids` int64 [B, S]; the others `residual` and `moe_out` float32 [B, S, D]. Each attention layer l
+    in `attention_layers` takes `past_key_l`, `past_value_l` float32 [B, KV, C, head] (fixed buffers of capacity C, also
+    bound as `present_key_l`, `present_value_l`), and there are `seqlens_k` int32 [B] (valid length after this step, less 1) and
+    `total_sequence_length` int32 [1]. Outputs: `residual_out` [B, S, D], `hidden` [B, S, D] (input of the experts) and
+    `router_logits` [B, S, E] of MoE layer `moe_layer`; the last segment (`moe_layer` None) gives `logits` [B, S, V].
+    """
+
+    files: tuple[FileEntry, ...]
+    attention_layers: tuple[int, ...]
+    moe_layer: int | None
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Sizes of the model: D hidden, E experts per MoE layer, K experts per token, V vocabulary."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    experts: int
+    top_k: int
+    vocab: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    max_context: int
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How gates follow from router logits. 'softmax_topk': softmax over all E, then the K largest, divided by their sum
+    where `renormalise`; 'topk_softmax': the K largest logits, then softmax over them."""
+
+    kind: str
+    renormalise: bool
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that is in a bundle. `recipe` says in words and numbers how each precision was made."""
+
+    name: str
+    family: str
+    base_model: str
+    revision: str
+    licence: str
+    dims: Dims
+    routing: Routing
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    moe_layers: tuple[int, ...]
+    trunk_precision: str
+    segments: tuple[Segment, ...]
+    shards: tuple[ShardEntry, ...]
+    files: tuple[FileEntry, ...]
+    recipe: dict[str, str]
+    created_at: str
+    format: str = FORMAT
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Precisions that every expert has, best first."""
+        return tuple(sorted({shard.precision for shard in self.shards}, key=_PRECISION_ORDER.index))
+
+    def shard(self, layer: int, expert: int, precision: str) -> ShardEntry:
+        """Raises: BundleError when the bundle has no such shard."""
+        for entry in self.shards:
+            if (entry.layer, entry.expert, entry.precision) == (layer, expert, precision):
+                return entry
+        raise BundleError(
+            f"bundle {self.name} has no {precision} shard of layer {layer} expert {expert}: it holds {', '.join(self.precisions)}"
+        )
+
+
+_PRECISION_ORDER = ["fp32", "int8", "int8dyn", "int4"]
+
+
+def shard_stem(layer: int, expert: int, precision: str) -> str:
+    """Name of a shard's files below the bundle, without suffix (`.onnx` graph, `.bin` weights)."""
+    return f"experts/L{layer:02d}E{expert:03d}.{precision}"
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: BinaryIO) -> str:  # Python 3.10 (JetPack 6) lacks hashlib.file_digest
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file open for writing that appears under `path` whole or not at all, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def write_file(root: Path, relative: str, data: bytes) -> FileEntry:
+    """Writes `data` atomically below a bundle's root and returns its entry for the manifest."""
+    with atomic_file(root / relative) as file:
+        file.write(data)
+    return FileEntry(relative, len(data), hashlib.sha256(data).hexdigest())
+
+
+def verify_file(root: Path, entry: FileEntry) -> Path:
+    """The file's path, once its size and sha256 are what the manifest says.  Raises: BundleError."""
+    path = root / entry.path
+    if ".." in Path(entry.path).parts or Path(entry.path).is_absolute():
+        raise BundleError(f"{entry.path!r} points outside the bundle: do not use this bundle")
+    try:
+        size = path.stat().st_size
+    except OSError:
+        raise BundleError(f"{path} is missing: write or copy the bundle again") from None
+    if size != entry.bytes:
+        raise BundleError(f"{path} has {size} bytes, the manifest says {entry.bytes}: it is cut short; copy it again")
+    if sha256_of(path) != entry.sha256:
+        raise BundleError(f"{path} is altered (sha256 differs from the manifest): copy it again")
+    return path
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    with atomic_file(root / MANIFEST) as file:
+        file.write(json.dumps(dataclasses.asdict(manifest), indent=1, allow_nan=False).encode() + b"\n")
+
+
+def read_manifest(root: Path) -> Manifest:
+    """Raises: BundleError when there is none, it is not readable, or a newer version wrote it."""
+    path = root / MANIFEST
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise BundleError(f"{path} is over {MAX_MANIFEST_BYTES} bytes: not a bundle of ours")
+        tree = json.loads(path.read_bytes())
+    except OSError:
+        raise BundleError(
+            f"{root} is no bundle (no readable {MANIFEST}): make one by `spacemoe quantize MODEL -o BUNDLE`"
+        ) from None
+    except ValueError:
+        raise BundleError(f"{path} is not JSON: write or copy the bundle again") from None
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+        raise BundleError(f"{path} is not of format {FORMAT}: give the folder that `spacemoe quantize` wrote")
+    version = tree.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise BundleError(
+            f"{path} has format version {version}, this build reads up to {FORMAT_VERSION}: update spacemoe-kit"
+        )
+    try:
+        return wire.build(Manifest, tree)
+    except wire.WireError as error:
+        raise BundleError(f"{path} is damaged ({error}): write or copy the bundle again") from None

@@ -1,0 +1,1 @@
+"""Quantise mixture-of-experts models by expert importance, and evaluate the result."""

@@ -1,0 +1,1 @@
+"""The small mixture-of-experts reference model: its text, training and export."""

@@ -1,0 +1,148 @@
+"""Pure decisions of the ground station: routing, selection, placement, dispatch, sampling; expected values by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from ground_station import placement, routing, sampling, selection
+from ground_station.dispatch import Table, add_partial, split
+from ground_station.placement import Holding
+from node_agent import frame
+from node_agent.shard import Dims, FileEntry, Manifest, Routing, ShardEntry
+
+SOFTMAX_RENORMALISED = Routing("softmax_topk", True)
+LOGITS = np.log(np.array([[0.5, 0.3, 0.15, 0.05]], np.float32))  # softmax of these is the row itself
+
+
+def test_gates_follow_each_family_rule_by_hand():
+    experts = routing.largest(LOGITS, 2)
+    assert experts.tolist() == [[0, 1]]
+    assert routing.gates_of(LOGITS, experts, SOFTMAX_RENORMALISED) == pytest.approx(np.array([[0.625, 0.375]]))
+    assert routing.gates_of(LOGITS, experts, Routing("softmax_topk", False)) == pytest.approx(np.array([[0.5, 0.3]]))
+    # softmax over the chosen logits is the same as renormalising the softmax over all
+    assert routing.gates_of(LOGITS, experts, Routing("topk_softmax", False)) == pytest.approx(
+        np.array([[0.625, 0.375]])
+    )
+
+
+def test_budgeted_drops_what_is_not_worth_its_price_but_keeps_the_coverage():
+    policy = selection.make("budgeted", SOFTMAX_RENORMALISED, 3, coverage=0.6)
+    free = policy(0, LOGITS)
+    assert free.gates == pytest.approx(np.array([[0.5, 0.3, 0.15]]) / 0.95)
+    policy.joule_price[0] = np.array([0.0, 0.0, 0.4, 0.4])  # experts 2 and 3 live on hot nodes
+    choice = policy(0, LOGITS)
+    assert choice.gates == pytest.approx(np.array([[0.625, 0.375, 0.0]]))
+    policy.joule_price[0] = np.array([9.0, 9.0, 9.0, 9.0])  # whatever the price, 60 % of the gate mass stays
+    guarded = policy(0, LOGITS)
+    kept = [e for e, g in zip(guarded.experts[0], guarded.gates[0]) if g]
+    assert kept == [0, 1]
+    assert guarded.gates.sum() == pytest.approx(1.0)
+
+
+def test_price_rises_without_bound_towards_the_limit_and_unknown_is_not_cold():
+    price = [selection.prices_from_headroom(t, 85.0, 65.0, 0.1) for t in (20.0, 65.0, 75.0, 80.0, 84.99)]
+    assert price[:2] == [0.0, 0.0]
+    assert price[2] == pytest.approx(0.1)
+    assert price[3] == pytest.approx(0.3)  # x = 0.75: 0.75 / 0.25
+    assert price[4] > 50
+    assert selection.prices_from_headroom(None, 85.0, 65.0, 0.1) == pytest.approx(0.1)
+
+
+def test_random_policy_uses_other_experts_than_topk():
+    policy = selection.make("random", SOFTMAX_RENORMALISED, 2, seed=1)
+    chosen = {tuple(sorted(policy(0, LOGITS).experts[0])) for _ in range(50)}
+    assert len(chosen) == 6  # all pairs of four
+
+
+def test_an_unknown_policy_is_refused_with_the_list():
+    with pytest.raises(ValueError, match="topk, random, budgeted"):
+        selection.make("clever", SOFTMAX_RENORMALISED, 2)
+
+
+def _manifest(experts: int = 4, bytes_each: int = 100) -> Manifest:
+    shards = tuple(
+        ShardEntry(layer, expert, precision, (FileEntry(f"{layer}.{expert}.{precision}", size, "0" * 64),))
+        for layer in (0, 1)
+        for expert in range(experts)
+        for precision, size in (("int8", bytes_each), ("int4", bytes_each // 2))
+    )
+    return Manifest(
+        name="m",
+        family="qwen3_moe",
+        base_model="",
+        revision="",
+        licence="",
+        dims=Dims(8, 4, 2, experts, 2, 16, 1, 1, 8, 32),
+        routing=SOFTMAX_RENORMALISED,
+        bos_id=None,
+        eos_ids=(),
+        moe_layers=(0, 1),
+        trunk_precision="fp32",
+        segments=(),
+        shards=shards,
+        files=(),
+        recipe={},
+        created_at="",
+    )
+
+
+def test_round_robin_spreads_experts_evenly_and_replicas_elsewhere():
+    holdings = placement.round_robin(_manifest(), dict.fromkeys("abcd", 10_000), "int8", ("int4",))
+    for layer in (0, 1):
+        primaries = [h.node for h in holdings if h.layer == layer and h.rank == 0]
+        assert sorted(primaries) == ["a", "b", "c", "d"]
+    for expert in range(4):
+        assert len({h.node for h in holdings if (h.layer, h.expert) == (0, expert)}) == 2
+
+
+def test_placement_names_memory_as_what_binds():
+    with pytest.raises(placement.PlacementError, match="memory binds: expert 3 of layer 1"):
+        placement.round_robin(_manifest(), {"a": 7 * 150}, "int8")  # room for seven of eight shards of 150 resident
+    with pytest.raises(placement.PlacementError, match="no fp32 shards: it holds int8, int4"):
+        placement.round_robin(_manifest(), {"a": 10_000}, "fp32")
+
+
+def test_split_and_add_partial_give_the_whole_layer_whatever_the_partition():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((5, 8)).astype(np.float32)
+    weights = rng.standard_normal((4, 8, 8)).astype(np.float32)
+    experts = np.array([[0, 1], [2, 3], [1, 2], [3, 0], [0, 2]])
+    gates = rng.random((5, 2)).astype(np.float32)
+    expected = np.stack([sum(g * (x[t] @ weights[e]) for e, g in zip(experts[t], gates[t])) for t in range(5)])
+    table = Table(tuple(Holding(n, 0, e, "int8", 0) for e, n in enumerate("abab")))
+    total = np.zeros_like(x)
+    for work in split(0, experts, gates, lambda layer, expert: table.copies[layer, expert][0]):
+        rows = x[work.rows]
+        partial = np.zeros_like(rows)
+        for row, expert, _, gate in work.pairs.tolist():
+            partial[row] += gate * (rows[row] @ weights[expert])
+        add_partial(total, work, partial)
+    assert total == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_gate_of_zero_is_not_sent():
+    work = split(0, np.array([[0, 1]]), np.array([[1.0, 0.0]], np.float32), lambda layer, expert: (expert, 1))
+    assert [(item.node, item.pairs["expert"].tolist()) for item in work] == [(0, [0])]
+    assert work[0].pairs.dtype == frame.PAIR
+
+
+def test_sampling_greedy_seed_and_nucleus():
+    logits = np.log(np.array([0.1, 0.6, 0.3]))
+    assert sampling.Sampler(sampling.Sampling())(logits) == 1
+    draws = [[sampling.Sampler(sampling.Sampling(1.0, 1.0, seed=3))(logits) for _ in range(1)] for _ in range(2)]
+    assert draws[0] == draws[1]
+    sampler = sampling.Sampler(sampling.Sampling(1.0, 1.0, seed=0))
+    counts = np.bincount([sampler(logits) for _ in range(20_000)], minlength=3) / 20_000
+    sigma = [math.sqrt(p * (1 - p) / 20_000) for p in (0.1, 0.6, 0.3)]
+    assert all(abs(c - p) < 5 * s for c, p, s in zip(counts, (0.1, 0.6, 0.3), sigma))
+    nucleus = sampling.Sampler(sampling.Sampling(1.0, 0.85, seed=0))
+    assert {nucleus(logits) for _ in range(500)} == {1, 2}  # 0.6 + 0.3 reaches 0.85 without the last
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"temperature": float("nan")}])
+def test_bad_sampling_is_refused(bad):
+    with pytest.raises(ValueError):
+        sampling.Sampling(**bad)
