@@ -7,7 +7,6 @@ Leaves out: what a birth or telemetry contains (agent.py, telemetry.py), and wha
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import secrets
 import socket
@@ -16,7 +15,6 @@ import sys
 import threading
 import time
 from collections import deque
-from pathlib import Path
 from typing import Any, Callable
 
 from paho.mqtt import client as mqtt
@@ -24,10 +22,10 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from node_agent import wire
+from node_agent.births import BirthCounter
 from node_agent.config import BrokerConfig, Config
 from node_agent.counters import Counters
-from node_agent.errors import AlreadyRunningError, ConfigError
-from node_agent.shard import atomic_file
+from node_agent.errors import ConfigError
 
 log = logging.getLogger("node_agent.control")
 
@@ -37,43 +35,6 @@ CONNECT_TIMEOUT_S = 3.0
 MAX_QUEUED = 100  # QoS 1 messages held while the broker is away
 REMEMBERED_COMMANDS = 256
 STOP_WAIT_S = 0.4
-
-
-class BirthCounter:
-    """bdSeq: one more for every connection that was tried, also across restarts. Holds the state folder for one process."""
-
-    def __init__(self, state_dir: Path):
-        """Raises: ConfigError for a folder that cannot be written, AlreadyRunningError."""
-        self._file = state_dir / "bd_seq"
-        try:
-            state_dir.mkdir(parents=True, exist_ok=True)
-            self._lock = open(state_dir / "lock", "a")  # noqa: SIM115 - held until the process ends
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise AlreadyRunningError(
-                f"another agent uses {state_dir}: stop it, or give this one its own state_dir"
-            ) from None
-        except OSError as error:
-            raise ConfigError(
-                f"[node] state_dir {state_dir} cannot be used ({error.strerror}): give a folder to write"
-            ) from None
-        try:
-            self.value = int(self._file.read_text()[:20])
-        except FileNotFoundError:
-            self.value = 0
-        except (OSError, ValueError):
-            # A lost counter must not bring back a bdSeq that was used: the clock is far above any number of connections.
-            self.value = int(time.time())
-            log.warning("%s is damaged: counting births from %d", self._file, self.value)
-
-    def next(self) -> int:
-        self.value = self.value + 1 if 0 <= self.value < 2**62 else 1
-        with atomic_file(self._file) as file:
-            file.write(str(self.value).encode())
-        return self.value
-
-    def close(self) -> None:
-        self._lock.close()
 
 
 class Control:

@@ -25,6 +25,7 @@ from node_agent.shard import (
     atomic_file,
     read_manifest,
     shard_stem,
+    write_file,
     write_manifest,
 )
 from quantize import calibrate, optimum_int8, trunk_graph

@@ -148,6 +148,18 @@ class Ground:
         self.send(request if isinstance(request, bytes) else frame.pack(request))
         return self.receive(timeout_s)
 
+    def ask_until_answered(self, request: frame.Frame | bytes) -> tuple[frame.Frame, int]:
+        """(answer, tries that were lost): for a node whose connection breaks and comes back.  Raises: TimeoutError."""
+        end = time.monotonic() + WAIT_S
+        lost = 0
+        while time.monotonic() < end:
+            try:
+                return self.ask(request, timeout_s=0.5), lost
+            except (TimeoutError, zmq.ZMQError):  # lost with the connection, or not dialled again yet
+                lost += 1
+                time.sleep(0.05)
+        raise TimeoutError(f"no answer to {lost} tries")
+
 
 class Observer:
     """A paho client that keeps every message below spacemoe/ as (leaf below node/<id>, parsed JSON, retain flag)."""
@@ -194,14 +206,16 @@ class Observer:
         at = self._cursor.get(leaf, 0)
         with self._arrived:
             while True:
-                for at in range(at, len(self.all)):
+                while at < len(self.all):
                     got, tree, _ = self.all[at]
+                    at += 1
                     if got == leaf and condition(tree):
-                        self._cursor[leaf] = at + 1
+                        self._cursor[leaf] = at
                         return tree
-                at = len(self.all)
                 if not self._arrived.wait(max(0.0, end - time.monotonic())) and time.monotonic() >= end:
-                    raise AssertionError(f"no such {leaf} within {timeout_s} s; there were {[m[0] for m in self.all][-50:]}")
+                    raise AssertionError(
+                        f"no such {leaf} within {timeout_s} s; there were {[m[0] for m in self.all][-50:]}"
+                    )
 
     def command(self, name: str, payload: object, retain: bool = False, properties=None) -> None:
         text = payload if isinstance(payload, (str, bytes)) else json.dumps(payload)

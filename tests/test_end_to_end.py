@@ -10,24 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cluster import NODES, PROMPT, Cluster, greedy
 
 from ground_station import selection
-from ground_station.broker import Broker
 from ground_station.control import Control
 from ground_station.decode import Decoder
 from ground_station.dispatch import Table
 from ground_station.link import Failure, Link, LinkError, is_loopback
 from ground_station.local import LocalExperts
-from ground_station.local_fleet import LocalFleet
 from ground_station.placement import round_robin
-from ground_station.remote import RemoteExperts
 from ground_station.sampling import Sampling
 from ground_station.trunk import ContextFull, Trunk
 from node_agent import frame, shard
 from quantize.synthetic import synthetic
-
-NODES = ("node-1", "node-2", "node-3", "node-4")
-PROMPT = [5, 9, 200, 31, 7, 77, 8]
 
 
 @pytest.fixture(scope="module")
@@ -37,64 +32,24 @@ def bundle(tmp_path_factory) -> Path:
     return root
 
 
-class Cluster:
-    """A broker, a link, four agents and a decoder; closed in reverse order."""
-
-    def __init__(self, bundle: Path, run_dir: Path, codec: str, replicas: tuple[str, ...] = ("int4",), timeout_s=1.0):
-        self.manifest = shard.read_manifest(bundle)
-        self.bundle = bundle
-        self.holdings = round_robin(self.manifest, dict.fromkeys(NODES, 1 << 30), "int8", replicas)
-        self.table = Table(self.holdings)
-        self.policy = selection.make("topk", self.manifest.routing, self.manifest.dims.top_k)
-        self.broker = Broker(run_dir)
-        self.link = Link()
-        self.codec, self.run_dir, self.timeout_s = codec, run_dir, timeout_s
-
-    def __enter__(self) -> Cluster:
-        self.broker.start()
-        self.fleet = LocalFleet(
-            self.run_dir, self.bundle, self.holdings, self.link.endpoint, (self.broker.host, self.broker.port)
-        )
-        self.fleet.__enter__()
-        self.fleet.wait_joined(self.link)
-        self.remote = RemoteExperts(self.link, self.table, self.codec, timeout_s=self.timeout_s)
-        self.decoder = Decoder(Trunk(self.bundle, self.manifest), self.policy, self.remote)
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.fleet.stop()
-        self.link.close()
-        self.broker.stop()
-
-    def single(self) -> Decoder:
-        experts = LocalExperts(self.bundle, self.manifest, self.table, self.codec)
-        return Decoder(Trunk(self.bundle, self.manifest), self.policy, experts)
-
-
-def _run(decoder: Decoder, tokens: int, **options) -> tuple[list[int], np.ndarray, list]:
-    logits: list[np.ndarray] = []
-    costs = list(decoder.generate(PROMPT, tokens, keep_logits=logits, ignore_eos=True, **options))
-    return [cost.token_id for cost in costs], np.stack(logits), costs
-
-
 @pytest.mark.broker
 @pytest.mark.parametrize("codec", ["fp32", "fp16", "q8", "q4"])
 def test_four_agents_give_the_single_process_tokens_and_logits_bit_for_bit(bundle, tmp_path, codec):
     with Cluster(bundle, tmp_path, codec) as cluster:
-        tokens, logits, costs = _run(cluster.decoder, 24)
-        sampled = _run(cluster.decoder, 8, sampling=Sampling(0.8, 0.9, seed=4))[0]
+        tokens, logits, costs = greedy(cluster.decoder, 24)
+        sampled = greedy(cluster.decoder, 8, sampling=Sampling(0.8, 0.9, seed=4))[0]
         single = cluster.single()
-        expected_tokens, expected_logits, _ = _run(single, 24)
+        expected_tokens, expected_logits, _ = greedy(single, 24)
         assert tokens == expected_tokens
         assert np.array_equal(logits, expected_logits)
-        assert sampled == _run(single, 8, sampling=Sampling(0.8, 0.9, seed=4))[0]
+        assert sampled == greedy(single, 8, sampling=Sampling(0.8, 0.9, seed=4))[0]
         assert set(cluster.remote.served) == set(NODES)  # a parity of runs in which no node took part proves nothing
         assert not any(cost.rungs for cost in costs)
         assert all(cost.sent_bytes > 0 and cost.received_bytes > 0 for cost in costs)
         # negative control: another codec must not give the same logits
         other = LocalExperts(bundle, cluster.manifest, cluster.table, "q4" if codec != "q4" else "q8")
         cluster_other = Decoder(single.trunk, cluster.policy, other)
-        assert not np.array_equal(_run(cluster_other, 24)[1], expected_logits)
+        assert not np.array_equal(greedy(cluster_other, 24)[1], expected_logits)
 
 
 @pytest.mark.broker

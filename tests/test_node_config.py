@@ -116,7 +116,12 @@ def test_a_certificate_authority_makes_another_host_safe(tmp_path):
 
 @pytest.mark.parametrize(
     "text, said",
-    [("[node", "not TOML"), ("node = 3\n[data]\n", "[node] is not a table"), ("[nodes]\n", "[nodes] is unknown"), ("", "[node] is missing")],
+    [
+        ("[node", "not TOML"),
+        ("node = 3\n[data]\n", "[node] is not a table"),
+        ("[nodes]\n", "[nodes] is unknown"),
+        ("", "[node] is missing"),
+    ],
 )
 def test_a_bad_file_is_refused(tmp_path, text, said):
     path = tmp_path / "a.toml"

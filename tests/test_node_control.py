@@ -15,12 +15,14 @@ import time
 
 import numpy as np
 import pytest
+from conftest import lacking
 from node_rig import HIDDEN, WAIT_S, AgentProcess, Ground, Observer, agent_tables, make_bundle
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
+from ground_station.broker import find_mosquitto
 from node_agent import frame, shard, wire
-from node_agent.control import BirthCounter
+from node_agent.births import BirthCounter
 from node_agent.errors import AlreadyRunningError, ConfigError
 
 pytestmark = pytest.mark.broker
@@ -54,9 +56,12 @@ def names(telemetry: dict) -> dict[str, dict]:
     return {sample["name"]: sample for sample in telemetry["samples"]}
 
 
+PAIRS = np.array([(0, 1, 1, 0.5), (2, 3, 2, 0.5)], frame.PAIR)
+REQUEST = frame.Frame(frame.EXPERTS, 5, x=np.ones((3, HIDDEN), np.float32), pairs=PAIRS)
+
+
 def served(ground: Ground) -> frame.Frame:
-    pairs = np.array([(0, 1, 1, 0.5), (2, 3, 2, 0.5)], frame.PAIR)
-    return ground.ask(frame.Frame(frame.EXPERTS, 5, x=np.ones((3, HIDDEN), np.float32), pairs=pairs))
+    return ground.ask(REQUEST)
 
 
 def test_birth_status_event_and_telemetry(rig, bundle):
@@ -193,8 +198,8 @@ def test_kill_fires_the_will_and_a_restart_has_a_higher_bd_seq(rig):
     online = observer.next("status", lambda tree: tree["status"] == "online")
     assert online["bd_seq"] == second["bd_seq"]
     assert observer.next("telemetry", lambda tree: tree["bd_seq"] == second["bd_seq"])["seq"] == 1
-    ground.hello()  # the identity is taken over by the restarted node
-    assert served(ground).kind == frame.PARTIAL
+    answer, _ = ground.ask_until_answered(REQUEST)  # the identity is taken over by the restarted node
+    assert answer.kind == frame.PARTIAL
 
 
 def test_a_late_will_of_an_earlier_connection_is_put_right(rig):
@@ -251,17 +256,38 @@ def test_no_broker_table_means_no_control_plane(bundle, tmp_path):
 def authority(tmp_path_factory):
     """A certificate authority and a server's certificate for 127.0.0.1, made by the openssl program."""
     if shutil.which("openssl") is None:
-        from conftest import lacking
-
         lacking("openssl", "apt-get install openssl")
     folder = tmp_path_factory.mktemp("pki")
-    openssl = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    openssl = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-days",
+        "2",
+    ]
     for name, subject in (("ca", "/CN=fleet"), ("other", "/CN=stranger")):
         subprocess.run(
-            [*openssl, "-keyout", f"{name}.key", "-out", f"{name}.crt", "-subj", subject], cwd=folder, check=True, capture_output=True
+            [*openssl, "-keyout", f"{name}.key", "-out", f"{name}.crt", "-subj", subject],
+            cwd=folder,
+            check=True,
+            capture_output=True,
         )
     for name, extra in (("server", "subjectAltName=IP:127.0.0.1"), ("node", "extendedKeyUsage=clientAuth")):
-        signed = ["-CA", "ca.crt", "-CAkey", "ca.key", "-addext", "basicConstraints=critical,CA:FALSE", "-addext", extra]
+        signed = [
+            "-CA",
+            "ca.crt",
+            "-CAkey",
+            "ca.key",
+            "-addext",
+            "basicConstraints=critical,CA:FALSE",
+            "-addext",
+            extra,
+        ]
         subprocess.run(
             [*openssl, *signed, "-keyout", f"{name}.key", "-out", f"{name}.crt", "-subj", f"/CN={name}"],
             cwd=folder,
@@ -274,9 +300,6 @@ def authority(tmp_path_factory):
 @pytest.fixture
 def tls_port(authority, tmp_path):
     """A mosquitto that wants certificates of the authority from its clients."""
-    from conftest import lacking
-    from ground_station.broker import find_mosquitto
-
     program = find_mosquitto()
     if program is None:
         lacking("mosquitto", "apt-get install mosquitto")

@@ -108,11 +108,15 @@ def test_a_graph_that_is_no_expert_is_refused(tmp_path):
 
 
 def test_memory_limit_is_kept(bundle, monkeypatch):
-    import psutil
-
-    resident = psutil.Process().memory_info().rss
     opened = []
     monkeypatch.setattr(experts, "open_session", lambda *a: opened.append(a))
     with pytest.raises(MemoryLimitError, match=f"{len(bundle.stems)} shards need about .* raise memory_limit_mb"):
-        experts.load(bundle.root, bundle.stems, resident)
+        experts.load(bundle.root, bundle.stems, 10_000_000)  # less than Python itself takes
     assert not opened  # refused before anything was loaded
+
+
+def test_memory_limit_is_watched_while_loading(bundle, monkeypatch):
+    """An estimate that is too low does not let the agent grow past its limit."""
+    monkeypatch.setattr(experts, "RESIDENT_FACTOR", -1e9)
+    with pytest.raises(MemoryLimitError, match=f"1 of {len(bundle.stems)} shards already take the limit"):
+        experts.load(bundle.root, bundle.stems, 10_000_000)
