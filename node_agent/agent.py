@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 import threading
 import time
 from contextlib import ExitStack
@@ -19,10 +20,14 @@ from node_agent.config import Config
 from node_agent.control import Control
 from node_agent.counters import Counters
 from node_agent.dataplane import DataPlane
+from node_agent.errors import DataPlaneError
 
 log = logging.getLogger("node_agent")
 
 DISTRIBUTION = "spacemoe-kit"
+SWITCH_INTERVAL_S = (
+    0.0005  # a request waits so long at most for the interpreter while telemetry is made; 5 ms is the default
+)
 
 
 def version() -> str:
@@ -66,7 +71,8 @@ class Agent:
         self._stop.set()
 
     def run(self) -> None:
-        """Serves until stopped.  Raises: what ended the data plane, should it end by itself."""
+        """Serves until stopped.  Raises: DataPlaneError, should the data plane end by itself."""
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         with ExitStack() as stack:
             stack.enter_context(self._meter)
             stack.enter_context(self._link)
@@ -84,7 +90,9 @@ class Agent:
             due_s = time.monotonic() + period_s
             while not self._stop.wait(max(0.0, due_s - time.monotonic())):
                 if not self._link.alive:
-                    raise self._link.failed or RuntimeError("the data plane ended by itself")
+                    raise DataPlaneError(
+                        f"the data plane ended ({self._link.failed!r}): start the agent again"
+                    ) from None
                 self._publish()
                 due_s = max(due_s + period_s, time.monotonic())  # after a delay: go on, without a burst
         log.info("stopped %s", self.config.node.id)

@@ -1,6 +1,6 @@
 """The control plane of a node: MQTT 5 with Sparkplug's semantics (birth, death by last will, bdSeq, seq, rebirth, commands).
 
-paho's own thread keeps the connection and reconnects for ever; a broker that is absent stops nothing else on the node.
+A broker that is absent stops nothing else on the node (connection.py tries for ever).
 Everything received is untrusted: malformed, oversized, expired, replayed or retained commands are counted and refused.
 Leaves out: what a birth or telemetry contains (agent.py, telemetry.py), and what a command does.
 """
@@ -8,14 +8,10 @@ Leaves out: what a birth or telemetry contains (agent.py, telemetry.py), and wha
 from __future__ import annotations
 
 import logging
-import secrets
-import socket
-import ssl
-import sys
 import threading
 import time
 from collections import deque
-from typing import Any, Callable
+from typing import Callable
 
 from paho.mqtt import client as mqtt
 from paho.mqtt.packettypes import PacketTypes
@@ -24,21 +20,25 @@ from paho.mqtt.properties import Properties
 from node_agent import wire
 from node_agent.births import BirthCounter
 from node_agent.config import BrokerConfig, Config
+from node_agent.connection import STOP_WAIT_S, Connection
 from node_agent.counters import Counters
-from node_agent.errors import ConfigError
 
 log = logging.getLogger("node_agent.control")
 
-KEEPALIVE_S = 10
-RECONNECT_S = (0.2, 2.0)
-CONNECT_TIMEOUT_S = 3.0
-MAX_QUEUED = 100  # QoS 1 messages held while the broker is away
+MAX_EVENTS = 100  # held until the broker has acknowledged them
 REMEMBERED_COMMANDS = 256
-STOP_WAIT_S = 0.4
+
+
+class _Event:
+    """An event that is to reach the broker; `sent` is paho's record of it, on the connection that is up."""
+
+    def __init__(self, payload: bytes):
+        self.payload = payload
+        self.sent: mqtt.MQTTMessageInfo | None = None
 
 
 class Control:
-    """Connection to the broker. Use as a context manager.
+    """The node as the broker sees it. Use as a context manager.
 
     `make_birth(bd_seq)` gives the birth certificate; `on_command(name, arguments) -> (ok, text)` carries out a command that
     is none of rebirth and ping. Both are called in paho's thread.
@@ -52,8 +52,8 @@ class Control:
         make_birth: Callable[[int], wire.Birth],
         on_command: Callable[[str, dict[str, str]], tuple[bool, str]],
     ):
+        """Raises: ConfigError, AlreadyRunningError."""
         self._node = config.node.id
-        self._broker = broker
         self._topics = wire.Topics(config.node.fleet)
         self._counters = counters
         self._make_birth = make_birth
@@ -62,156 +62,101 @@ class Control:
         self._bd_seq = self._births.next()
         self._bd_seq_used = False
         self._seq = 0
-        self._born = threading.Event()
+        self._born = False
         self._stopping = False
         self._sending = threading.Lock()  # seq and the birth it counts from change together
+        self._events: deque[_Event] = deque(maxlen=MAX_EVENTS)
         self._seen: deque[str] = deque(maxlen=REMEMBERED_COMMANDS)
-        self._reported: set[str] = set()
-        self._client = self._make_client()
-
-    def _make_client(self) -> mqtt.Client:
-        # A client id that is used twice takes the connection over and fires the other's will: it is never the same twice.
-        name = f"{self._node}-{secrets.token_hex(4)}"
-        client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id=name, protocol=mqtt.MQTTv5)
-        client.connect_timeout = CONNECT_TIMEOUT_S
-        client.reconnect_delay_set(*RECONNECT_S)
-        client.max_queued_messages_set(MAX_QUEUED)
-        if self._broker.username:
-            client.username_pw_set(self._broker.username, self._broker.password or None)
-        if self._broker.ca:
-            try:
-                client.tls_set(
-                    str(self._broker.ca),
-                    str(self._broker.cert) if self._broker.cert else None,
-                    str(self._broker.key) if self._broker.key else None,
-                    tls_version=ssl.PROTOCOL_TLS_CLIENT,
-                )
-            except (OSError, ValueError) as error:
-                raise ConfigError(
-                    f"[broker] ca, cert or key cannot be used ({error}): copy the node's certificates again"
-                ) from None
-        client.on_pre_connect = self._before_connect
-        client.on_socket_open = self._socket_open
-        client.on_connect = self._connected
-        client.on_connect_fail = self._connect_failed
-        client.on_disconnect = self._disconnected
-        client.on_message = self._message
-        return client
+        self._connection = Connection(
+            self._node,
+            broker,
+            before=self._will,
+            tried=self._use_bd_seq,
+            up=self._up,
+            down=self._down,
+            message=self._message,
+            count=lambda kind: Counters.count(counters.control_errors, kind),
+        )
 
     def __enter__(self) -> Control:
-        properties = Properties(PacketTypes.CONNECT)
-        properties.MaximumPacketSize = wire.MAX_MESSAGE_BYTES + 4096
-        self._client.connect_async(
-            self._broker.host,
-            self._broker.port,
-            KEEPALIVE_S,
-            clean_start=True,
-            properties=properties,
-        )
-        self._client.loop_start()
+        self._connection.__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._stopping = True
-        if self.connected:
-            status = wire.Status(self._node, "offline", self._bd_seq)
-            sent = self._client.publish(self._topics.status(self._node), wire.encode(status), 1, retain=True)
+        sent = self._say("offline")
+        if sent is not None:
             try:
                 sent.wait_for_publish(STOP_WAIT_S)
             except (RuntimeError, ValueError):
                 pass  # the connection broke in this moment: the will says the same
-            self._born.clear()
-            self._client.disconnect()
-            # loop_stop joins paho's thread, which a stalled broker could hold: it gets a moment, and is a daemon
-            flush = threading.Thread(target=self._client.loop_stop, daemon=True)
-            flush.start()
-            flush.join(STOP_WAIT_S)
-        else:
-            self._client.disconnect()
+        self._connection.__exit__()
         self._births.close()
-
-    @property
-    def connected(self) -> bool:
-        return self._born.is_set() and self._client.is_connected()
 
     # ------------------------------------------------------------ sending
 
     def telemetry(self, samples: tuple[wire.Sample, ...], generated_at: float) -> bool:
         """Publishes samples, QoS 0, with the next seq; False while there is no birth that it could count from."""
         with self._sending:
-            if not self.connected:
+            if not self._born:
                 return False
             self._seq += 1
             message = wire.Telemetry(self._node, self._bd_seq, self._seq, generated_at, samples)
-            self._client.publish(self._topics.telemetry(self._node), wire.encode(message), 0)
+            self._connection.publish(self._topics.telemetry(self._node), wire.encode(message), 0)
             return True
 
     def event(self, severity: str, kind: str, text: str) -> None:
-        """Publishes an event, QoS 1; kept (up to a limit) while the broker is away."""
+        """Publishes an event, QoS 1; kept (up to a limit) until a broker has acknowledged it."""
         message = wire.Event(self._node, time.time(), severity, kind, text[:1000])
-        self._client.publish(self._topics.event(self._node), wire.encode(message), 1)
+        with self._sending:
+            self._events.append(_Event(wire.encode(message)))
+            self._send_events()
+
+    def _send_events(self) -> None:
+        while self._events and self._events[0].sent is not None and self._events[0].sent.is_published():
+            self._events.popleft()
+        if self._born:
+            for event in self._events:
+                if event.sent is None:
+                    event.sent = self._connection.publish(self._topics.event(self._node), event.payload, 1)
 
     def rebirth(self) -> None:
         """Publishes the birth certificate and 'online' (both retained); telemetry's seq starts again, at 1."""
         birth = wire.encode(self._make_birth(self._bd_seq))
         with self._sending:
             self._seq = 0
-            self._client.publish(self._topics.birth(self._node), birth, 1, retain=True)
-            self._say_online()
+            self._connection.publish(self._topics.birth(self._node), birth, 1, retain=True)
+            self._say("online")
+            self._born = True
+            self._send_events()
 
-    # ------------------------------------------------------------ paho's thread
+    def _say(self, text: wire.StatusText) -> mqtt.MQTTMessageInfo | None:
+        status = wire.Status(self._node, text, self._bd_seq)
+        return self._connection.publish(self._topics.status(self._node), wire.encode(status), 1, retain=True)
 
-    def _before_connect(self, client: mqtt.Client, userdata: Any) -> None:
+    # ------------------------------------------------------------ called by the connection
+
+    def _will(self) -> tuple[str, bytes]:
         if self._bd_seq_used:  # a try that reached no broker costs no number, and no write to the SD card
             self._bd_seq = self._births.next()
             self._bd_seq_used = False
-        will = wire.Status(self._node, "offline", self._bd_seq)
-        client.will_set(self._topics.status(self._node), wire.encode(will), 1, retain=True)
+        return self._topics.status(self._node), wire.encode(wire.Status(self._node, "offline", self._bd_seq))
 
-    def _socket_open(self, client: mqtt.Client, userdata: Any, sock: Any) -> None:
+    def _use_bd_seq(self) -> None:
         self._bd_seq_used = True
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # without it QoS 1 takes 40 ms and more
 
-    def _connected(self, client: mqtt.Client, userdata: Any, flags: Any, reason: Any, properties: Any) -> None:
-        if reason.is_failure:
-            self._report("refused", f"broker refuses this node ({reason}): check its user, password and certificate")
-            return
-        self._reported.clear()
-        client.subscribe([(self._topics.command(self._node), 1), (self._topics.status(self._node), 1)])
+    def _up(self) -> None:
+        self._connection.subscribe(self._topics.command(self._node), self._topics.status(self._node))
         self.rebirth()
-        self._born.set()
-        log.info("connected to the broker at %s:%d, bdSeq %d", self._broker.host, self._broker.port, self._bd_seq)
 
-    def _say_online(self) -> None:
-        status = wire.Status(self._node, "online", self._bd_seq)
-        self._client.publish(self._topics.status(self._node), wire.encode(status), 1, retain=True)
+    def _down(self) -> None:
+        with self._sending:
+            self._born = False
+            for event in self._events:
+                if event.sent is not None and not event.sent.is_published():
+                    event.sent = None  # its fate is unknown: it is sent again, at least once
 
-    def _connect_failed(self, client: mqtt.Client, userdata: Any) -> None:
-        error = sys.exc_info()[1]  # paho calls this inside its except clause and passes nothing
-        if isinstance(error, ssl.SSLError):
-            self._report("tls", f"TLS with the broker fails ({error}): check ca, cert, key and this machine's clock")
-        else:
-            self._report(
-                "absent", f"no broker at {self._broker.host}:{self._broker.port} ({error}): trying again for ever"
-            )
-
-    def _disconnected(self, client: mqtt.Client, userdata: Any, flags: Any, reason: Any, properties: Any) -> None:
-        was_born = self._born.is_set()
-        self._born.clear()
-        if was_born and reason.is_failure:
-            self._report("lost", f"connection to the broker lost ({reason}): trying again")
-        elif reason.is_failure:  # refused by TLS: the handshake is done on our side before the broker's alert comes
-            self._report(
-                "closed", f"broker closes the connection before it answers ({reason}): check cert, key and the port"
-            )
-
-    def _report(self, kind: str, text: str) -> None:
-        Counters.count(self._counters.control_errors, kind)
-        if kind not in self._reported:
-            self._reported.add(kind)
-            log.warning("%s", text)
-
-    def _message(self, client: mqtt.Client, userdata: Any, message: mqtt.MQTTMessage) -> None:
+    def _message(self, message: mqtt.MQTTMessage) -> None:
         if message.topic == self._topics.status(self._node):
             self._own_status(message.payload)
             return
@@ -251,8 +196,8 @@ class Control:
         except wire.WireError:
             Counters.count(self._counters.control_errors, "malformed")
             return
-        if status.status == "offline" and self._born.is_set() and not self._stopping:
-            self._say_online()
+        if status.status == "offline" and self._born and not self._stopping:
+            self._say("online")
 
     def _carry_out(self, command: wire.Command) -> tuple[bool, str]:
         if command.name == "rebirth":
@@ -274,4 +219,4 @@ class Control:
         if isinstance(correlation, bytes) and len(correlation) <= 256:
             properties.CorrelationData = correlation
         result = wire.encode(wire.Result(self._node, identity, ok, text[:1000]))
-        self._client.publish(self._topics.result(self._node), result, 1, properties=properties)
+        self._connection.publish(self._topics.result(self._node), result, 1, properties=properties)

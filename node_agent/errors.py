@@ -28,3 +28,7 @@ class MemoryLimitError(AgentError, MemoryError):
 
 class AlreadyRunningError(AgentError, RuntimeError):
     """Another agent uses the same state folder."""
+
+
+class DataPlaneError(AgentError, RuntimeError):
+    """The data plane's thread ended by itself."""

@@ -10,6 +10,10 @@ from typing import Callable
 
 import numpy as np
 
+from node_agent import frame
+
+# Dynamic int8 scales its activations over the whole call: more than one row at a time and a row sees its neighbours.
+ROW_BY_ROW = frozenset({frame.PRECISION_ID["int8dyn"]})
 RunExpert = Callable[[int, int, np.ndarray], np.ndarray]
 _TWICE = "expert {} (precision id {}) is asked for the same row twice: send one pair with the sum of the gates"
 
@@ -34,12 +38,15 @@ def partial_sum(x: np.ndarray, pairs: np.ndarray, run_expert: RunExpert) -> np.n
     starts = [0, *(np.flatnonzero(keys[1:] != keys[:-1]) + 1).tolist()]
     out = np.zeros_like(x)
     for start, end in zip(starts, [*starts[1:], len(keys)]):
-        key = int(keys[start])
-        if end - start == x.shape[0]:  # every row, in order: nothing to gather
-            out += run_expert(key >> 8, key & 255, x) * gates[start:end]
+        expert, precision = divmod(int(keys[start]), 256)
+        if precision in ROW_BY_ROW:
+            for row, gate in zip(rows[start:end].tolist(), gates[start:end]):
+                out[row] += run_expert(expert, precision, x[row : row + 1])[0] * gate
+        elif end - start == x.shape[0]:  # every row, in order: nothing to gather
+            out += run_expert(expert, precision, x) * gates[start:end]
         else:
             chosen = rows[start:end]
-            out[chosen] += run_expert(key >> 8, key & 255, x[chosen]) * gates[start:end]
+            out[chosen] += run_expert(expert, precision, x[chosen]) * gates[start:end]
     return out
 
 

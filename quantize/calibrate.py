@@ -93,8 +93,12 @@ def swiglu(x: np.ndarray, gate_up: np.ndarray) -> np.ndarray:
 def _mapped(path: Path, shape: tuple[int, ...], create: bool) -> np.memmap:
     """A float32 array in a file whose blocks are reserved first: a full disk is an OSError, not a bus error."""
     if create:
-        with open(path, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, 4 * int(np.prod(shape)))
+        try:
+            with open(path, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, 4 * int(np.prod(shape)))
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
     return np.memmap(path, np.float32, "r+", shape=shape)
 
 

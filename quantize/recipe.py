@@ -16,7 +16,9 @@ from quantize.calibrate import MIN_TOKENS
 from quantize.trunk_graph import TRUNK_PRECISIONS
 
 RECIPE_VERSION = 1
-BLOCKS = {"int8": (8, 128), "int4": (4, 32)}  # (bits, block)
+# (bits, block). Blocks of 32: with larger ones the kernel for one row and that for many differ in the last bits, and a row's
+# result must not depend on the rest of its batch.
+BLOCKS = {"int8": (8, 32), "int4": (4, 32)}
 DYNAMIC = "int8dyn"
 PRECISIONS = ("fp32", *BLOCKS, DYNAMIC)
 DEFAULT_MAX_TOKENS = 32_768

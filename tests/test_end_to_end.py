@@ -128,6 +128,22 @@ def test_the_text_goes_on_while_the_broker_restarts_and_telemetry_returns(bundle
                 time.sleep(0.1)
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_row_does_not_depend_on_the_rest_of_its_batch(bundle, precision):
+    """Bit for bit, through the shards as they are written (the kernels at larger sizes: test_quantize_nbits)."""
+    manifest = shard.read_manifest(bundle)
+    holdings = round_robin(manifest, {"local": 1 << 40}, precision)
+    experts = LocalExperts(bundle, manifest, Table(holdings))
+    rng = np.random.default_rng(1)
+    hidden = rng.standard_normal((64, 64)).astype(np.float32) * np.geomspace(0.1, 10, 64, dtype=np.float32)[:, None]
+    chosen = np.tile([[3, 5]], (64, 1))
+    gates = np.full((64, 2), 0.5, np.float32)
+    together = experts.run(1, hidden, chosen, gates)
+    alone = np.concatenate([experts.run(1, hidden[i : i + 1], chosen[:1], gates[:1]) for i in range(64)])
+    assert np.array_equal(together, alone)
+    assert not np.array_equal(together, experts.run(0, hidden, chosen, gates))
+
+
 def test_a_full_context_is_said_before_anything_is_computed(bundle):
     manifest = shard.read_manifest(bundle)
     sequence = Trunk(bundle, manifest).sequence(4)

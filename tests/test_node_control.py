@@ -16,13 +16,15 @@ import time
 import numpy as np
 import pytest
 from conftest import lacking
-from node_rig import HIDDEN, WAIT_S, AgentProcess, Ground, Observer, agent_tables, make_bundle
+from node_rig import HIDDEN, WAIT_S, AgentProcess, Ground, Observer, agent_tables, make_bundle, toml
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from ground_station.broker import find_mosquitto
-from node_agent import frame, shard, wire
+from node_agent import config, frame, shard, wire
 from node_agent.births import BirthCounter
+from node_agent.control import Control
+from node_agent.counters import Counters
 from node_agent.errors import AlreadyRunningError, ConfigError
 
 pytestmark = pytest.mark.broker
@@ -250,6 +252,29 @@ def test_no_broker_table_means_no_control_plane(bundle, tmp_path):
         ground.hello()
         assert served(ground).kind == frame.PARTIAL
         assert "no [broker]" in agent.text()
+
+
+def test_an_exception_in_the_control_plane_costs_one_connection_and_not_the_control_plane(broker, tmp_path, caplog):
+    """make_birth fails at the first connection, as a defect would; the next connection is a good one."""
+    births = []
+
+    def make_birth(bd_seq: int) -> wire.Birth:
+        births.append(bd_seq)
+        if len(births) == 1:
+            raise ZeroDivisionError("a defect")
+        return wire.Birth("n1", bd_seq, "0", "b", time.time(), (), (), "", 0, "tcp://127.0.0.1:1")
+
+    tables = agent_tables(tmp_path, "tcp://127.0.0.1:1", broker=broker)
+    settings = config.parse(toml(tables), tmp_path)
+    counters = Counters()
+    with Observer(broker.host, broker.port) as observer:
+        with Control(settings, settings.broker, counters, make_birth, lambda *a: (False, "no")) as control:
+            control.event("info", "early", "before there is a connection")
+            assert observer.next("birth")["bd_seq"] == 2
+            assert observer.next("event")["text"] == "before there is a connection"
+        assert observer.next("status", lambda tree: tree["bd_seq"] == 2 and tree["status"] == "offline")
+    assert births == [1, 2] and counters.control_errors["internal"] == 1
+    assert caplog.text.count("ZeroDivisionError") == 1
 
 
 @pytest.fixture(scope="module")

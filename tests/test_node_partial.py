@@ -101,3 +101,20 @@ def test_the_same_pair_twice_is_refused(rows):
         partial_sum(np.ones((rows, D), np.float32), pairs, linear)
     pairs["precision"][2] = 2  # another precision of the same expert is another expert
     partial_sum(np.ones((rows, D), np.float32), pairs, linear)
+
+
+def test_dynamic_int8_is_run_row_by_row():
+    calls = []
+
+    def batch_dependent(expert: int, precision: int, rows: np.ndarray) -> np.ndarray:
+        calls.append(len(rows))
+        return rows * np.abs(rows).max()  # like one activation scale for the whole call
+
+    x = np.array([[1.0, -2.0], [30.0, 4.0]], np.float32)
+    pairs = np.array(
+        [(0, 5, frame.PRECISION_ID["int8dyn"], 0.5), (1, 5, frame.PRECISION_ID["int8dyn"], 1.0)], frame.PAIR
+    )
+    assert partial_sum(x, pairs, batch_dependent).tolist() == [[1.0, -2.0], [900.0, 120.0]]
+    assert calls == [1, 1]
+    pairs["precision"] = frame.PRECISION_ID["int8"]
+    assert partial_sum(x, pairs, batch_dependent)[0].tolist() == [15.0, -30.0]  # control: the whole batch's scale

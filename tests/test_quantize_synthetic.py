@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnxruntime
 import pytest
 
 pytest.importorskip("onnx")
@@ -43,3 +44,32 @@ def test_weights_are_those_of_an_initialised_model(tmp_path):
     weights = np.fromfile(tmp_path / "b" / manifest.shards[0].files[1].path, "<f4")
     assert weights.size == 3 * 64 * 48
     assert abs(weights.std() - 0.02) < 0.001 and abs(weights.mean()) < 0.001
+
+
+def test_rows_of_different_length_decode_together_as_alone(tmp_path):
+    """Decoding takes any number of rows, each with its own length: first segment of the trunk, two rows against one."""
+    manifest = synthetic(tmp_path / "b", 64, 48, 2, 4, 2, **SIZES)
+    segment, d = manifest.segments[0], manifest.dims
+    session = onnxruntime.InferenceSession(
+        str(tmp_path / "b" / segment.files[0].path), providers=["CPUExecutionProvider"]
+    )
+    lengths, capacity = [3, 9], 16
+    rng = np.random.default_rng(0)
+    caches = {
+        f"past_{kind}_0": rng.normal(size=(2, d.kv_heads, capacity, d.head_dim)).astype(np.float32)
+        for kind in ("key", "value")
+    }
+
+    def run(rows: list[int]) -> np.ndarray:
+        feed = {name: cache[rows] for name, cache in caches.items()}
+        feed["input_ids"] = np.array([[11], [42]])[rows]
+        feed["seqlens_k"] = np.array(lengths, np.int32)[rows]  # valid length after this step, less 1
+        feed["total_sequence_length"] = np.array([max(lengths[row] for row in rows) + 1], np.int32)
+        return session.run(["residual_out"], feed)[0]
+
+    together = run([0, 1])
+    np.testing.assert_allclose(together, np.concatenate([run([0]), run([1])]), rtol=1e-5, atol=1e-7)
+    caches["past_key_0"][0, :, 5:] += 1.0  # beyond the first row's length: must not matter
+    np.testing.assert_array_equal(run([0, 1]), together)
+    caches["past_key_0"][0, :, 1] += 1.0  # within it: must
+    assert np.abs(run([0, 1])[0] - together[0]).max() > 1e-6
