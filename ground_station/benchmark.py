@@ -113,7 +113,9 @@ def decode(
         ):
             fleet.wait_joined(link)
             remote = RemoteExperts(link, Table(holdings), codec, timeout_s=5.0)
-            distributed = Decoder(Trunk(bundle, manifest, distributed_threads, spin=distributed_threads > 1), rule, remote)
+            distributed = Decoder(
+                Trunk(bundle, manifest, distributed_threads, spin=distributed_threads > 1), rule, remote
+            )
             contenders = {
                 "bare": lambda: bare.run(prompt, tokens),
                 "single": lambda: _decode(single, prompt, tokens)[0],

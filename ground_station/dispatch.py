@@ -6,7 +6,7 @@ compared bit by bit. Leaves out: sockets (link.py) and sessions (local.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,8 +14,7 @@ from ground_station.placement import Holding
 from node_agent import frame
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """What one node is asked for a layer: `rows` [R] of the batch (None: all), and frame.PAIR [P] with rows local to them."""
 
     node: int
@@ -47,14 +46,17 @@ def split(layer: int, experts: np.ndarray, gates: np.ndarray, copy_of) -> list[W
     for row, (chosen, weights) in enumerate(zip(experts.tolist(), gates.tolist())):
         for expert, gate in zip(chosen, weights):
             if gate and (copy := copy_of(layer, expert)) is not None:
-                by_node.setdefault(copy[0], []).append((row, expert, copy[1], gate))
+                node, precision = copy
+                if node in by_node:
+                    by_node[node].append((row, expert, precision, gate))
+                else:
+                    by_node[node] = [(row, expert, precision, gate)]
+    if t == 1:
+        return [Work(node, None, np.array(by_node[node], frame.PAIR)) for node in sorted(by_node)]
     work = []
     for node in sorted(by_node):
         pairs = np.array(by_node[node], frame.PAIR)
-        rows = None
-        if t > 1:
-            rows, local = np.unique(pairs["row"], return_inverse=True)
-            pairs["row"] = local
+        rows, pairs["row"] = np.unique(pairs["row"], return_inverse=True)
         work.append(Work(node, rows, pairs))
     return work
 

@@ -27,17 +27,20 @@ _pool_threads: int | None = None
 
 
 def _session_options(threads: int) -> onnxruntime.SessionOptions:
-    """Options under which any number of sessions share one pool of `threads`, which does not spin while it waits."""
+    """Options under which any number of sessions share one pool of `threads`, which does not spin while it waits.
+
+    With one thread (the default) there is no pool at all: every session computes in the caller's own thread.
+    """
     global _pool_threads
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    if hasattr(onnxruntime, "set_global_thread_pool_sizes"):
+    if threads > 1 and hasattr(onnxruntime, "set_global_thread_pool_sizes"):
         with _pool_lock:
             if _pool_threads is None:  # onnxruntime takes the sizes once per process
                 onnxruntime.set_global_thread_pool_sizes(threads, 1)
                 _pool_threads = threads
         options.use_per_session_threads = False
-    else:  # older builds: one thread per session means the caller's own, so no pool is made either
+    else:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -112,8 +115,7 @@ class Experts:
         """
         if x.shape[1] != self.hidden:
             raise ValueError(f"hidden size {x.shape[1]} in a request, the experts here have {self.hidden}")
-        asked = set(zip(pairs["expert"].tolist(), pairs["precision"].tolist()))
-        for expert, precision in asked:
+        for _, expert, precision, _ in pairs.tolist():
             if (layer, expert, precision) not in self._loaded:
                 name = frame.PRECISIONS[precision]
                 raise UnknownExpertError(
@@ -125,7 +127,7 @@ class Experts:
     def _run_expert(self, expert: int, precision: int, rows: np.ndarray) -> np.ndarray:
         loaded = self._loaded[self._layer, expert, precision]
         if rows.shape[0] == 1:
-            np.copyto(self._row_in, rows)
+            self._row_in[:] = rows
             loaded.session.run_with_iobinding(loaded.one_row)
             return self._row_out
         return loaded.session.run(["y"], {"x": rows})[0]
