@@ -78,12 +78,12 @@ def _spread(values: list[float]) -> dict:
 def decode(
     bundle: Path,
     precision: str,
-    codec: str = "q8",
+    codec: str = "fp16",
     nodes: int = 4,
     tokens: int = 32,
     rounds: int = 7,
     threads: int = 2,
-    distributed_threads: int = 1,
+    distributed_threads: int = 2,
     policy: str = "topk",
 ) -> dict:
     """The figures of `spacemoe benchmark decode --json`.
@@ -104,7 +104,7 @@ def decode(
     names = [f"node-{index + 1}" for index in range(nodes)]
     holdings = round_robin(manifest, dict.fromkeys(names, 2**62), precision)
     times: dict[str, list[float]] = {"bare": [], "single": [], "distributed": []}
-    costs: list[TokenCost] = []
+    costs: dict[str, list[TokenCost]] = {"single": [], "distributed": []}
     with tempfile.TemporaryDirectory(prefix="spacemoe-benchmark-") as folder, Link() as link:
         run_dir = Path(folder)
         with (
@@ -118,7 +118,7 @@ def decode(
             )
             contenders = {
                 "bare": lambda: bare.run(prompt, tokens),
-                "single": lambda: _decode(single, prompt, tokens)[0],
+                "single": lambda: _decode(single, prompt, tokens),
                 "distributed": lambda: _decode(distributed, prompt, tokens),
             }
             for index in tqdm(range(rounds + 1), desc="benchmark", disable=None, leave=False):
@@ -127,11 +127,17 @@ def decode(
                     result = contenders[name]()
                     if index == 0:
                         continue  # warm-up
-                    if name == "distributed":
-                        costs += result[1]
+                    if name != "bare":
+                        costs[name] += result[1]
                         result = result[0]
                     times[name].append(result)
-    rungs = sum(len(cost.rungs) for cost in costs)
+    parts = {
+        name: {
+            part: round(statistics.median(getattr(cost, f"{part}_ms") for cost in rows), 4)
+            for part in ("total", "trunk", "select", "codec", "wire", "expert")
+        }
+        for name, rows in costs.items()
+    }
     median = {name: statistics.median(values) for name, values in times.items()}
     return {
         "bundle": manifest.name,
@@ -148,13 +154,11 @@ def decode(
         "control": round(statistics.median(b / s for b, s in zip(times["bare"], times["single"])), 4),
         "control_spread": _spread([b / s for b, s in zip(times["bare"], times["single"])]),
         "overhead_ms_per_layer": round((median["distributed"] - median["single"]) * 1e3 / len(manifest.moe_layers), 4),
-        "breakdown_ms": {
-            name: round(statistics.median(getattr(cost, f"{name}_ms") for cost in costs), 4)
-            for name in ("total", "trunk", "select", "codec", "wire", "expert")
-        },
+        "breakdown_ms": parts["distributed"],
+        "breakdown_single_ms": {part: parts["single"][part] for part in ("total", "trunk", "select", "expert")},
         "bytes_per_token": {
-            "sent": round(statistics.mean(cost.sent_bytes for cost in costs), 1),
-            "received": round(statistics.mean(cost.received_bytes for cost in costs), 1),
+            "sent": round(statistics.mean(cost.sent_bytes for cost in costs["distributed"]), 1),
+            "received": round(statistics.mean(cost.received_bytes for cost in costs["distributed"]), 1),
         },
-        "ladder": rungs,
+        "ladder": sum(len(cost.rungs) for cost in costs["distributed"]),
     }

@@ -103,15 +103,15 @@ def parser() -> argparse.ArgumentParser:
         metavar="HIDDEN,INTERMEDIATE,LAYERS,EXPERTS,TOPK",
         help="a random-weight Qwen3-MoE of this shape (default shape: %(const)s)",
     )
-    decode.add_argument("--precision", default="int4", help="precision of the experts (default: %(default)s)")
+    decode.add_argument("--precision", default="int8", help="precision of the experts (default: %(default)s)")
     decode.add_argument("--trunk-precision", default="fp32", help="of a synthetic bundle: fp32, int8 or int4")
-    decode.add_argument("--codec", default="q8", help="fp32, fp16, q8, q4 (default: %(default)s)")
+    decode.add_argument("--codec", default="fp16", help="fp32, fp16, q8, q4 (default: %(default)s)")
     decode.add_argument("--nodes", type=_positive, default=4)
     decode.add_argument("--tokens", type=_positive, default=32, help="per round (default: %(default)s)")
     decode.add_argument("--rounds", type=_positive, default=7, help="counted rounds (default: %(default)s)")
     decode.add_argument("--threads", type=_positive, default=2, help="of the single process (default: %(default)s)")
     decode.add_argument(
-        "--trunk-threads", type=_positive, default=1, help="of the trunk beside agents (default: %(default)s)"
+        "--trunk-threads", type=_positive, default=2, help="of the trunk beside agents (default: %(default)s)"
     )
     return root
 

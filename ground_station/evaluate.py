@@ -70,12 +70,40 @@ def domains(path: Path) -> dict[str, list[str]]:
     return found
 
 
+class CountingTopK:
+    """The model's own routing, which counts who is chosen. `counts[layer]`: choices per expert so far."""
+
+    def __init__(self, manifest: shard.Manifest):
+        self.policy = selection.make("topk", manifest.routing, manifest.dims.top_k)
+        self.experts = manifest.dims.experts
+        self.counts = {layer: np.zeros(self.experts, np.int64) for layer in manifest.moe_layers}
+
+    def __call__(self, layer: int, logits: np.ndarray) -> selection.Choice:
+        choice = self.policy(layer, logits)
+        self.counts[layer] += np.bincount(choice.experts.ravel(), minlength=self.experts)
+        return choice
+
+    def take(self) -> list[list[float]]:
+        """Shares [L][E] since the last call."""
+        shares = [(count / max(1, count.sum())).tolist() for count in self.counts.values()]
+        for count in self.counts.values():
+            count[:] = 0
+        return shares
+
+
+def mutual_information_bits(shares: list[list[float]]) -> float:
+    """How much one choice of expert in a layer says about the domain, domains equally likely; `shares` is [domains][E]."""
+    conditional = np.asarray(shares)
+    marginal = conditional.mean(0)
+    ratio = np.divide(conditional, marginal, out=np.ones_like(conditional), where=conditional > 0)
+    return float((conditional * np.log2(ratio)).sum() / len(conditional))
+
+
 def model(root: Path, manifest: shard.Manifest, precision: str, threads: int) -> Decoder:
     """The whole bundle in this process, all experts in one precision, no codec."""
     holdings = round_robin(manifest, {"local": 2**62}, precision)
     experts = LocalExperts(root, manifest, Table(holdings), None, threads)
-    policy = selection.make("topk", manifest.routing, manifest.dims.top_k)
-    return Decoder(Trunk(root, manifest, threads), policy, experts, manifest.eos_ids)
+    return Decoder(Trunk(root, manifest, threads), CountingTopK(manifest), experts, manifest.eos_ids)
 
 
 def score(decoder: Decoder, ids: list[int], n_bytes: int, context: int = CONTEXT, stride: int = STRIDE) -> Score:
@@ -95,8 +123,18 @@ def score(decoder: Decoder, ids: list[int], n_bytes: int, context: int = CONTEXT
     return Score(nats, len(ids) - 1, n_bytes)
 
 
-def evaluate(root: Path, precision: str, texts: dict[str, list[str]], threads: int = 2, limit_bytes: int | None = None):
-    """Domain -> Score of a bundle in one precision; `limit_bytes` cuts each domain. Shows a progress bar on a terminal.
+@dataclass(frozen=True)
+class Evaluation:
+    """Of one precision: domain -> Score, and domain -> shares [L][E] of the experts (each domain's windows overlap)."""
+
+    scores: dict[str, Score]
+    expert_use: dict[str, list[list[float]]]
+
+
+def evaluate(
+    root: Path, precision: str, texts: dict[str, list[str]], threads: int = 2, limit_bytes: int | None = None
+) -> Evaluation:
+    """Scores a bundle in one precision; `limit_bytes` cuts each domain. Shows a progress bar on a terminal.
 
     Raises: shard.BundleError, EvaluationError.
     """
@@ -105,10 +143,11 @@ def evaluate(root: Path, precision: str, texts: dict[str, list[str]], threads: i
     manifest = shard.read_manifest(root)
     text = Text(root)
     decoder = model(root, manifest, precision, threads)
-    if manifest.bos_id is None and not manifest.eos_ids:
+    start = manifest.bos_id if manifest.bos_id is not None else next(iter(manifest.eos_ids), None)
+    if start is None:
         raise EvaluationError(f"{root} names no begin- or end-of-text token: cannot start a text")
-    start = manifest.bos_id if manifest.bos_id is not None else manifest.eos_ids[0]
     scores: dict[str, Score] = {}
+    use: dict[str, list[list[float]]] = {}
     for domain, documents in tqdm(texts.items(), desc=f"evaluate {precision}", disable=None, leave=False):
         ids: list[int] = []
         n_bytes = 0
@@ -121,20 +160,30 @@ def evaluate(root: Path, precision: str, texts: dict[str, list[str]], threads: i
             ids += [start, *text.encode(data.decode(errors="ignore"))]
             n_bytes += len(data)
         scores[domain] = score(decoder, ids, n_bytes)
-    return scores
+        use[domain] = decoder.policy.take()
+    return Evaluation(scores, use)
 
 
-def summary(scores: dict[str, Score]) -> dict:
-    """For JSON: per domain and the unweighted mean of bits per byte, and perplexity over all tokens."""
+def summary(result: Evaluation) -> dict:
+    """For JSON: per domain and the unweighted mean of bits per byte, perplexity over all tokens, use of experts."""
+    scores = result.scores
     total = Score(
         sum(s.nats for s in scores.values()),
         sum(s.tokens for s in scores.values()),
         sum(s.bytes for s in scores.values()),
     )
+    by_layer = zip(*result.expert_use.values())
     return {
         "domains": {name: round(s.bits_per_byte, 4) for name, s in scores.items()},
         "mean_bits_per_byte": round(sum(s.bits_per_byte for s in scores.values()) / len(scores), 4),
         "perplexity": round(total.perplexity, 4),
         "tokens": total.tokens,
         "bytes": total.bytes,
+        "expert_use": {
+            "mutual_information_bits": [round(mutual_information_bits(list(shares)), 4) for shares in by_layer],
+            "domains": {
+                name: [[round(share, 4) for share in layer] for layer in shares]
+                for name, shares in result.expert_use.items()
+            },
+        },
     }

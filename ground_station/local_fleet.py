@@ -50,7 +50,12 @@ def _die_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _child(arguments: list[str], log: Path) -> subprocess.Popen:
+def _child(arguments: list[str], log: Path, core: int | None = None) -> subprocess.Popen:
+    def before_exec() -> None:
+        _die_with_parent()
+        if core is not None:
+            os.sched_setaffinity(0, {core})
+
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with open(log, "ab") as file:
         return subprocess.Popen(  # own session: Ctrl-C reaches this process alone, which then stops them in order
@@ -59,7 +64,7 @@ def _child(arguments: list[str], log: Path) -> subprocess.Popen:
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=before_exec,
             env=environment,
         )
 
@@ -152,7 +157,13 @@ class LocalFleet:
     def start(self, node: str) -> None:
         """Starts (or starts again) a node's agent."""
         home = self.run_dir / node
-        self.agents[node] = _child(["node_agent.cli", "run", "--config", str(self._configs[node])], home / "agent.log")
+        # A board has a core of its own as far as there are cores. Left to itself, the kernel often runs two agents that wake
+        # together one after the other on one core, because each is still "hot" there.
+        cores = sorted(os.sched_getaffinity(0))
+        core = cores[list(self._configs).index(node) % len(cores)]
+        self.agents[node] = _child(
+            ["node_agent.cli", "run", "--config", str(self._configs[node])], home / "agent.log", core
+        )
         with shard.atomic_file(home / "agent.pid") as file:
             file.write(str(self.agents[node].pid).encode())
 

@@ -126,7 +126,7 @@ class RemoteExperts:
         started = time.perf_counter_ns()
         shared_payload = None
         requests = {}
-        for item in work:
+        for item in sorted(work, key=lambda item: -len(item.pairs)):  # whoever has most to do hears of it first
             if item.rows is None:
                 shared_payload = shared_payload or compress.encode(self.codec, hidden)
                 x, payload = hidden, shared_payload

@@ -24,12 +24,15 @@ class Text:
             raise BundleError(f"{path} is not a tokenizer ({str(error)[:80]}): copy the bundle again") from None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a prompt.  Raises: ValueError for an empty or oversized one."""
+        """Ids without special tokens (the caller puts the bundle's bos_id in front).
+
+        Raises: ValueError for an empty or oversized text.
+        """
         if not text:
             raise ValueError("the prompt is empty: give at least one character")
         if len(text.encode("utf-8", "surrogateescape")) > MAX_PROMPT_BYTES:
             raise ValueError(f"the prompt is over {MAX_PROMPT_BYTES} bytes")
-        return self.tokenizer.encode(text).ids
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids)

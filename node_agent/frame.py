@@ -47,8 +47,9 @@ class FrameError(ValueError):
 
 
 class Frame(NamedTuple):
-    """One frame (a NamedTuple: made on the hot path, at a third of a frozen dataclass's cost). `x` is float32 [T, D] (EXPERTS, PARTIAL), `pairs` is PAIR [P] (EXPERTS), `text` the node id or an error.
+    """One frame. A NamedTuple, because it is made on the hot path, at a third of a frozen dataclass's cost.
 
+    `x` is float32 [T, D] (EXPERTS, PARTIAL), `pairs` is PAIR [P] (EXPERTS), `text` the node id or an error.
     `budget_us`: how long the receiver may take (EXPERTS); `compute_us` and `codec_us`: what it took (PARTIAL).
     """
 

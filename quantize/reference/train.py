@@ -703,6 +703,7 @@ def export(work: Path, name: str, out: Path, checkpoint: str = "state.pt") -> No
         "eos_token": "<|endoftext|>",
         "unk_token": "<|endoftext|>",
         "pad_token": "<|endoftext|>",
+        "add_bos_token": True,  # training documents begin with it
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 2048,
@@ -714,6 +715,23 @@ def export(work: Path, name: str, out: Path, checkpoint: str = "state.pt") -> No
     (out / "model.safetensors").chmod(0o644)  # the library makes it private
     facts = {k: saved[k] for k in ("step", "tokens", "elapsed_s", "phase", "recipe")}
     write_json(out / "training.json", facts)
+
+
+def evaluate_held_out(work: Path, name: str, checkpoint: str = "state.pt") -> dict:
+    """Held-out bits per byte per domain and their mean, for a run with or without experts."""
+    model, saved = load_model(work / "runs" / name / checkpoint)
+    domains = {
+        domain: round(evaluate_bits_per_byte(model, tokens, n_bytes), 4)
+        for domain, (tokens, n_bytes) in text_sample(work, "heldout", None).items()
+    }
+    return {
+        "run": name,
+        "tokens": saved["tokens"],
+        "steps": saved["step"],
+        "elapsed_s": round(saved["elapsed_s"]),
+        "domains": domains,
+        "mean_bits_per_byte": round(sum(domains.values()) / len(domains), 4),
+    }
 
 
 def default_work() -> Path:
@@ -732,7 +750,8 @@ def main() -> None:
     parser.add_argument("--dense", action="store_true", help="train the control without experts")
     parser.add_argument("--follow", metavar="RUN", help="replay tokens and rates of this run")
     parser.add_argument("--export", metavar="OUT", type=Path, help="write a Hugging Face folder and stop")
-    parser.add_argument("--checkpoint", default="state.pt", help="which checkpoint --export takes")
+    parser.add_argument("--evaluate", action="store_true", help="print held-out bits per byte as JSON and stop")
+    parser.add_argument("--checkpoint", default="state.pt", help="which checkpoint --export and --evaluate take")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--no-compile", action="store_true", help="do without a C++ compiler")
     parser.add_argument("--checkpoint-minutes", type=float, default=5.0)
@@ -747,6 +766,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.export:
         export(Path(args.work), args.name, args.export, args.checkpoint)
+    elif args.evaluate:
+        print(json.dumps(evaluate_held_out(Path(args.work), args.name, args.checkpoint), indent=1))
     else:
         train(args)
 
