@@ -80,6 +80,7 @@ def decode(
     precision: str,
     codec: str = "fp16",
     nodes: int = 4,
+    copies: int = 2,
     tokens: int = 32,
     rounds: int = 7,
     threads: int = 2,
@@ -88,6 +89,7 @@ def decode(
 ) -> dict:
     """The figures of `spacemoe benchmark decode --json`.
 
+    copies: nodes that hold each expert; the dispatcher spreads a layer's work over them.
     threads: of the single process and the control; distributed_threads: of the trunk while agents share the machine.
     Raises: shard.BundleError, local_fleet.FleetError, placement.PlacementError.
     """
@@ -102,7 +104,7 @@ def decode(
     single = Decoder(Trunk(bundle, manifest, threads, spin=True), rule, experts)
     bare = BareLoop(single, experts.sessions, manifest.routing, dims.top_k)
     names = [f"node-{index + 1}" for index in range(nodes)]
-    holdings = round_robin(manifest, dict.fromkeys(names, 2**62), precision)
+    holdings = round_robin(manifest, dict.fromkeys(names, 2**62), precision, (precision,) * (copies - 1))
     times: dict[str, list[float]] = {"bare": [], "single": [], "distributed": []}
     costs: dict[str, list[TokenCost]] = {"single": [], "distributed": []}
     with tempfile.TemporaryDirectory(prefix="spacemoe-benchmark-") as folder, Link() as link:
@@ -146,6 +148,7 @@ def decode(
         "trunk_precision": manifest.trunk_precision,
         "codec": codec,
         "nodes": nodes,
+        "copies_per_expert": copies,
         "tokens_per_round": tokens - 1,
         "n": rounds,
         "tokens_per_s": {name: round(1 / seconds, 2) for name, seconds in median.items()},

@@ -107,6 +107,9 @@ def parser() -> argparse.ArgumentParser:
     decode.add_argument("--trunk-precision", default="fp32", help="of a synthetic bundle: fp32, int8 or int4")
     decode.add_argument("--codec", default="fp16", help="fp32, fp16, q8, q4 (default: %(default)s)")
     decode.add_argument("--nodes", type=_positive, default=4)
+    decode.add_argument(
+        "--copies", type=_positive, default=2, help="nodes that hold each expert (default: %(default)s)"
+    )
     decode.add_argument("--tokens", type=_positive, default=32, help="per round (default: %(default)s)")
     decode.add_argument("--rounds", type=_positive, default=7, help="counted rounds (default: %(default)s)")
     decode.add_argument("--threads", type=_positive, default=2, help="of the single process (default: %(default)s)")
@@ -280,6 +283,7 @@ def _benchmark_decode(args: argparse.Namespace) -> int:
             args.precision,
             args.codec,
             args.nodes,
+            args.copies,
             args.tokens,
             args.rounds,
             args.threads,

@@ -6,7 +6,7 @@ compared bit by bit. Leaves out: sockets (link.py) and sessions (local.py).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 
@@ -35,22 +35,76 @@ class Table:
             self.copies[key] = (*self.copies.get(key, ()), copy)
 
 
-def split(layer: int, experts: np.ndarray, gates: np.ndarray, copy_of) -> list[Work]:
+Copy = tuple[int, int]
+"""(node index, precision id)."""
+
+
+def assign(table: Table, layer: int, load: dict[int, int], usable: list[bool] | None = None) -> dict[int, Copy | None]:
+    """The copy that serves each expert of a layer; None where no copy is on a usable node.
+
+    load: expert -> rows it is to run; `usable[node]` (None: all). The precision is that of an expert's best usable copy; among
+    its copies of that precision the work is spread so that the busiest node has least (greedy, then moves while one helps).
+    """
+    chosen: dict[int, Copy | None] = {}
+    busy = [0] * len(table.nodes)
+    flexible: list[tuple[int, list[Copy]]] = []
+    for expert, rows in load.items():
+        copies = table.copies[layer, expert]
+        if usable is not None:
+            copies = tuple(copy for copy in copies if usable[copy[0]])
+        same = [copy for copy in copies if copy[1] == copies[0][1]]
+        if len(same) > 1:
+            flexible.append((expert, same))
+        elif same:
+            chosen[expert] = same[0]
+            busy[same[0][0]] += rows
+        else:
+            chosen[expert] = None
+    for expert, same in flexible:
+        chosen[expert] = min(same, key=lambda copy: busy[copy[0]])
+        busy[chosen[expert][0]] += load[expert]
+    moved = bool(flexible)
+    while moved:  # ends: every move lowers the sum of squares of the loads
+        moved = False
+        for expert, same in flexible:
+            here, rows = chosen[expert][0], load[expert]
+            other = min(same, key=lambda copy: busy[copy[0]])
+            if busy[other[0]] + rows < busy[here]:
+                busy[here] -= rows
+                busy[other[0]] += rows
+                chosen[expert] = other
+                moved = True
+    return chosen
+
+
+Assign = Callable[[int, dict[int, int]], dict[int, Copy | None]]
+
+
+def split(layer: int, experts: np.ndarray, gates: np.ndarray, assignment: Assign) -> list[Work]:
     """Work per node, in ascending node index.
 
-    experts int [T, K], gates float32 [T, K] (a gate of 0 is not sent); `copy_of(layer, expert) -> (node index, precision id)`
-    or None for an expert that nobody can serve (its pairs are left out: the caller counts them).
+    experts int [T, K], gates float32 [T, K] (a gate of 0 is not sent); `assignment(layer, rows per expert)` as `assign`; the
+    pairs of an expert that nobody can serve are left out: the caller counts them.
     """
     t = experts.shape[0]
+    wanted = [
+        (row, expert, gate)
+        for row, (chosen, weights) in enumerate(zip(experts.tolist(), gates.tolist()))
+        for expert, gate in zip(chosen, weights)
+        if gate
+    ]
+    load: dict[int, int] = {}
+    for _, expert, _ in wanted:
+        load[expert] = load.get(expert, 0) + 1
+    copies = assignment(layer, load)
     by_node: dict[int, list[tuple[int, int, int, float]]] = {}
-    for row, (chosen, weights) in enumerate(zip(experts.tolist(), gates.tolist())):
-        for expert, gate in zip(chosen, weights):
-            if gate and (copy := copy_of(layer, expert)) is not None:
-                node, precision = copy
-                if node in by_node:
-                    by_node[node].append((row, expert, precision, gate))
-                else:
-                    by_node[node] = [(row, expert, precision, gate)]
+    for row, expert, gate in wanted:
+        if (copy := copies[expert]) is not None:
+            node, precision = copy
+            if node in by_node:
+                by_node[node].append((row, expert, precision, gate))
+            else:
+                by_node[node] = [(row, expert, precision, gate)]
     if t == 1:
         return [Work(node, None, np.array(by_node[node], frame.PAIR)) for node in sorted(by_node)]
     work = []

@@ -6,6 +6,7 @@ tokens must equal the distributed ones bit by bit; with a table of one node and 
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ class LocalExperts:
 
     def run(self, layer: int, hidden: np.ndarray, experts: np.ndarray, gates: np.ndarray) -> np.ndarray:
         """sum of gate * expert(hidden), float32 [T, D], for chosen experts [T, K] and their gates."""
-        work = dispatch.split(layer, experts, gates, lambda layer, expert: self.table.copies[layer, expert][0])
+        work = dispatch.split(layer, experts, gates, partial(dispatch.assign, self.table))
         total = np.zeros_like(hidden)
 
         def run_expert(expert: int, precision: int, rows: np.ndarray) -> np.ndarray:
@@ -57,8 +58,8 @@ class LocalExperts:
 
         for item in work:
             x = hidden if item.rows is None else hidden[item.rows]
-            partial = partial_sum(self._through_codec(x), item.pairs, run_expert)
-            dispatch.add_partial(total, item, self._through_codec(partial))
+            summed = partial_sum(self._through_codec(x), item.pairs, run_expert)
+            dispatch.add_partial(total, item, self._through_codec(summed))
         return total
 
     def _through_codec(self, x: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -70,8 +71,9 @@ class RemoteExperts:
         total = np.zeros_like(hidden)
         self.link.drain()
         up = [self.link.is_up(node) for node in self.table.nodes]
-        work = dispatch.split(layer, experts, gates, self._chooser(layer, up, "node is down"))
-        lost = self._lost_rows(layer, experts, gates, up)
+        everyone = partial(dispatch.assign, self.table)
+        work = dispatch.split(layer, experts, gates, everyone if all(up) else self._assign(up, "node is down"))
+        lost = np.zeros(len(hidden)) if all(up) else self._lost_rows(layer, experts, gates, up, "no copy is reachable")
         failed = self._exchange(layer, hidden, work, total)
         if failed:
             lost += self._climb_down(layer, hidden, failed, total, len(hidden))
@@ -82,38 +84,35 @@ class RemoteExperts:
             total *= scale[:, None].astype(np.float32)
         return total
 
-    def _chooser(self, layer: int, up: list[bool], reason: str, tried: frozenset[int] = frozenset()):
-        """copy_of for dispatch.split: the best copy on a node that is up; notes the rung when that is not the primary."""
-        noted: dict[int, tuple[int, int] | None] = {}
+    def _assign(self, usable: list[bool], reason: str) -> dispatch.Assign:
+        """`dispatch.assign` over usable nodes, which notes the rung for every expert whose primary is not among them."""
 
-        def copy_of(layer: int, expert: int) -> tuple[int, int] | None:
-            if expert not in noted:
-                copies = self.table.copies[layer, expert]
-                best = next((copy for copy in copies if up[copy[0]] and copy[0] not in tried), None)
-                if best is not None and best != copies[0]:
-                    rung = "replica" if best[1] == copies[0][1] else "lower_precision"
-                    self._note(rung, layer, expert, best[0], reason)
-                noted[expert] = best
-            return noted[expert]
+        def assignment(layer: int, load: dict[int, int]) -> dict[int, dispatch.Copy | None]:
+            chosen = dispatch.assign(self.table, layer, load, usable)
+            for expert, copy in chosen.items():
+                primary = self.table.copies[layer, expert][0]
+                if copy is not None and not usable[primary[0]]:
+                    rung = "replica" if copy[1] == primary[1] else "lower_precision"
+                    self._note(rung, layer, expert, copy[0], reason)
+            return chosen
 
-        return copy_of
+        return assignment
 
     def _note(self, rung: str, layer: int, expert: int, node: int, reason: str, loss: float = 0.0) -> None:
         name = self.table.nodes[node]
         self.traffic.rungs.append(Rung(rung, layer, expert, name, reason, round(loss, 6)))
 
-    def _lost_rows(self, layer: int, experts: np.ndarray, gates: np.ndarray, up: list[bool]) -> np.ndarray:
-        """Gate mass [T] of experts without a copy on any node that is up; each is noted as skipped."""
+    def _lost_rows(
+        self, layer: int, experts: np.ndarray, gates: np.ndarray, usable: list[bool], reason: str
+    ) -> np.ndarray:
+        """Gate mass [T] of experts without a copy on any usable node; each is noted as skipped."""
         lost = np.zeros(len(experts), np.float64)
-        if all(up):
-            return lost
-        for expert in np.unique(experts).tolist():
+        for expert in np.unique(experts[gates != 0]).tolist():
             copies = self.table.copies[layer, expert]
-            if not any(up[node] for node, _ in copies):
+            if not any(usable[node] for node, _ in copies):
                 mass = np.where(experts == expert, gates, 0).sum(1)
-                if mass.any():
-                    lost += mass
-                    self._note("skip", layer, expert, copies[0][0], "no copy is reachable", float(mass.max()))
+                lost += mass
+                self._note("skip", layer, expert, copies[0][0], reason, float(mass.max()))
         return lost
 
     def _exchange(
@@ -188,29 +187,31 @@ class RemoteExperts:
             for expert in np.unique(item.pairs["expert"]).tolist():
                 self._note("retry", layer, expert, item.node, f"{failure.kind}: {failure.text}")
         again += self._exchange(layer, hidden, [item for item, _ in retried], total)
-        tried: frozenset[int] = frozenset()
+        usable = [True] * len(self.table.nodes)
         lost = np.zeros(t, np.float64)
         while again:
             for item, failure in again:
                 self.link.mark_down(self.table.nodes[item.node], failure)
-                tried |= {item.node}
-            up = [self.link.is_up(node) for node in self.table.nodes]
+                usable[item.node] = False
+            usable = [here and self.link.is_up(node) for here, node in zip(usable, self.table.nodes)]
             reason = "; ".join(sorted({f"{self.table.nodes[i.node]} {f.kind}" for i, f in again}))
-            copy_of = self._chooser(layer, up, reason, tried)
-            pairs: list[tuple[int, int, float]] = []
-            for item, _ in again:
-                rows = item.pairs["row"] if item.rows is None else item.rows[item.pairs["row"]]
-                pairs += zip(rows.tolist(), item.pairs["expert"].tolist(), item.pairs["gate"].tolist())
-            width = max(sum(1 for row, _, _ in pairs if row == r) for r in {row for row, _, _ in pairs})
-            experts, gates = np.zeros((t, width), np.int64), np.zeros((t, width), np.float32)
-            filled = [0] * t
-            for row, expert, gate in pairs:
-                if copy_of(layer, expert) is None:
-                    lost[row] += gate
-                    home = self.table.copies[layer, expert][0][0]
-                    self._note("skip", layer, expert, home, reason, gate)
-                else:
-                    experts[row, filled[row]], gates[row, filled[row]] = expert, gate
-                    filled[row] += 1
-            again = self._exchange(layer, hidden, dispatch.split(layer, experts, gates, copy_of), total)
+            experts, gates = self._pairs_as_matrix([item for item, _ in again], t)
+            work = dispatch.split(layer, experts, gates, self._assign(usable, reason))
+            lost += self._lost_rows(layer, experts, gates, usable, reason)
+            again = self._exchange(layer, hidden, work, total)
         return lost
+
+    @staticmethod
+    def _pairs_as_matrix(work: list[dispatch.Work], t: int) -> tuple[np.ndarray, np.ndarray]:
+        """Experts int [T, K'] and gates float32 [T, K'] of the pairs in `work`; what is not filled has gate 0."""
+        of_row: list[list[tuple[int, float]]] = [[] for _ in range(t)]
+        for item in work:
+            rows = item.pairs["row"] if item.rows is None else item.rows[item.pairs["row"]]
+            for row, expert, gate in zip(rows.tolist(), item.pairs["expert"].tolist(), item.pairs["gate"].tolist()):
+                of_row[row].append((expert, gate))
+        width = max(map(len, of_row))
+        experts, gates = np.zeros((t, width), np.int64), np.zeros((t, width), np.float32)
+        for row, pairs in enumerate(of_row):
+            for column, (expert, gate) in enumerate(pairs):
+                experts[row, column], gates[row, column] = expert, gate
+        return experts, gates

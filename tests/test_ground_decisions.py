@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 
 from ground_station import placement, routing, sampling, selection
-from ground_station.dispatch import Table, add_partial, split
+from ground_station.dispatch import Table, add_partial, assign, split
 from ground_station.placement import Holding
 from node_agent import frame
 from node_agent.shard import Dims, FileEntry, Manifest, Routing, ShardEntry
@@ -114,17 +115,48 @@ def test_split_and_add_partial_give_the_whole_layer_whatever_the_partition():
     expected = np.stack([sum(g * (x[t] @ weights[e]) for e, g in zip(experts[t], gates[t])) for t in range(5)])
     table = Table(tuple(Holding(n, 0, e, "int8", 0) for e, n in enumerate("abab")))
     total = np.zeros_like(x)
-    for work in split(0, experts, gates, lambda layer, expert: table.copies[layer, expert][0]):
+    for work in split(0, experts, gates, partial(assign, table)):
         rows = x[work.rows]
-        partial = np.zeros_like(rows)
+        summed = np.zeros_like(rows)
         for row, expert, _, gate in work.pairs.tolist():
-            partial[row] += gate * (rows[row] @ weights[expert])
-        add_partial(total, work, partial)
+            summed[row] += gate * (rows[row] @ weights[expert])
+        add_partial(total, work, summed)
     assert total == pytest.approx(expected, rel=1e-5)
 
 
+def ring(precision_of_second: str) -> Table:
+    """Expert e on node e (primary) and on the next of four nodes."""
+    return Table(
+        tuple(Holding("abcd"[e], 0, e, "int8", 0) for e in range(4))
+        + tuple(Holding("abcd"[(e + 1) % 4], 0, e, precision_of_second, 1) for e in range(4))
+        + (Holding("a", 0, 4, "int8", 0), Holding("b", 0, 4, "int8", 1))
+    )
+
+
+def test_equal_copies_share_the_load_and_lower_precision_is_no_equal():
+    one = frame.PRECISION_ID["int8"]
+    # experts 0 and 4 both live on a and b: one each, although both have their primary on a
+    assert assign(ring("int8"), 0, {0: 1, 4: 1}) in ({0: (0, one), 4: (1, one)}, {0: (1, one), 4: (0, one)})
+    # a heavy expert on a, and two light ones that could be on b: 3 against 1 + 1
+    chosen = assign(ring("int8"), 0, {0: 3, 1: 1, 4: 1})
+    loads = [sum(rows for e, rows in ((0, 3), (1, 1), (4, 1)) if chosen[e][0] == node) for node in range(4)]
+    assert max(loads) == 3
+    assert assign(ring("int4"), 0, {0: 1, 1: 1}) == {0: (0, one), 1: (1, one)}
+
+
+def test_an_unusable_node_leaves_its_experts_to_their_next_copy_or_to_nobody():
+    table = ring("int4")
+    usable = [False, True, True, True]
+    assert assign(table, 0, {0: 1, 1: 1}, usable) == {
+        0: (1, frame.PRECISION_ID["int4"]),
+        1: (1, frame.PRECISION_ID["int8"]),
+    }
+    assert assign(table, 0, {0: 1}, [False, False, True, True]) == {0: None}
+
+
 def test_a_gate_of_zero_is_not_sent():
-    work = split(0, np.array([[0, 1]]), np.array([[1.0, 0.0]], np.float32), lambda layer, expert: (expert, 1))
+    table = Table((Holding("a", 0, 0, "int8", 0), Holding("b", 0, 1, "int8", 0)))
+    work = split(0, np.array([[0, 1]]), np.array([[1.0, 0.0]], np.float32), partial(assign, table))
     assert [(item.node, item.pairs["expert"].tolist()) for item in work] == [(0, [0])]
     assert work[0].pairs.dtype == frame.PAIR
 
