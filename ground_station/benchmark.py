@@ -97,12 +97,12 @@ def decode(
 
     manifest = shard.read_manifest(bundle)
     dims = manifest.dims
-    rule = selection.make(policy, manifest.routing, dims.top_k)
+    rule = selection.make(policy, manifest.routing, dims.top_k, dims.experts)
     prompt = np.random.default_rng(0).integers(2, dims.vocab, PROMPT_TOKENS).tolist()
     alone = Table(round_robin(manifest, {"local": 2**62}, precision))
     experts = LocalExperts(bundle, manifest, alone, None, threads, spin=True)
     single = Decoder(Trunk(bundle, manifest, threads, spin=True), rule, experts)
-    bare = BareLoop(single, experts.sessions, manifest.routing, dims.top_k)
+    bare = BareLoop(single, experts.sessions, manifest.routing, dims.top_k, dims.experts)
     names = [f"node-{index + 1}" for index in range(nodes)]
     holdings = round_robin(manifest, dict.fromkeys(names, 2**62), precision, (precision,) * (copies - 1))
     times: dict[str, list[float]] = {"bare": [], "single": [], "distributed": []}

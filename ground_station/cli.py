@@ -60,6 +60,13 @@ def parser() -> argparse.ArgumentParser:
         "--codec", default="q8", help="hidden states on the wire: fp32, fp16, q8, q4 (default: %(default)s)"
     )
     demo.add_argument("--policy", default="topk", help="topk, random or budgeted (default: %(default)s)")
+    demo.add_argument(
+        "--temp-limit",
+        type=float,
+        default=85.0,
+        metavar="C",
+        help="of the boards, for budgeted (default: %(default)s °C)",
+    )
     demo.add_argument("--nodes", type=_positive, default=4, help="simulated boards (default: %(default)s)")
     demo.add_argument("--broker", default="auto", help="auto, mosquitto, embedded or HOST:PORT (default: %(default)s)")
     demo.add_argument("--keep", type=Path, metavar="DIR", help="keep logs and simulated boards in DIR")
@@ -138,6 +145,7 @@ def _demo(args: argparse.Namespace) -> int:
         replica=None if args.replica == "none" else args.replica,
         codec=args.codec,
         policy=args.policy,
+        temp_limit_c=args.temp_limit,
         nodes=args.nodes,
         broker=args.broker,
         keep=args.keep,

@@ -35,6 +35,9 @@ from ground_station.trunk import ContextFull, Trunk
 from node_agent import compress, shard
 
 JOIN_TIMEOUT_S = 60.0
+# of the policy `budgeted`: a joule is free up to 20 K below the limit; 10 K below it costs a tenth of a token's gate mass
+KNEE_BELOW_LIMIT_C = 20.0
+PRICE_HALF_WAY = 0.1
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Options:
     replica: str | None = "int4"
     codec: str = "q8"
     policy: str = "topk"
+    temp_limit_c: float = 85.0
     nodes: int = 4
     broker: str = "auto"
     keep: Path | None = None
@@ -107,9 +111,12 @@ def run(options: Options, show: Show) -> dict:
         _wait_for_nodes(names, link, control, fleet)
         show(" ready\n\n")
         remote = RemoteExperts(link, table, options.codec)
-        decoder = Decoder(trunk, policy, remote, manifest.eos_ids)
+        recorder = selection.Recorder(policy)
+        decoder = Decoder(trunk, recorder, remote, manifest.eos_ids)
         before = _energy_j(control, names)
-        costs, logits = _stream(decoder, options, prompt_ids, text, show)
+        costs, logits = _stream(
+            decoder, options, prompt_ids, text, show, _price_updates(policy, options, table, control)
+        )
         after = _energy_j(control, names)
         show("\n\n")
         if options.ledger is not None:
@@ -117,13 +124,16 @@ def run(options: Options, show: Show) -> dict:
         parity = None
         if options.parity:
             show("checking against one process with the same partition, codec and grouping ...\n")
-            parity = _parity(options, manifest, table, trunk, prompt_ids, costs, logits)
+            # prices moved with the temperatures of that moment: the reference repeats the choices
+            again = selection.Replay(recorder.choices) if options.policy == "budgeted" else _policy(options, manifest)
+            parity = _parity(options, manifest, table, trunk, again, prompt_ids, costs, logits)
         states = control.snapshot()
         return _ledger(options, text, costs, before, after, remote, table, states, parity, broker.kind)
 
 
 def _policy(options: Options, manifest: shard.Manifest) -> selection.Policy:
-    return selection.make(options.policy, manifest.routing, manifest.dims.top_k, options.sampling.seed)
+    dims = manifest.dims
+    return selection.make(options.policy, manifest.routing, dims.top_k, dims.experts, options.sampling.seed)
 
 
 def _wait_for_nodes(names: set[str], link: Link, control: Control, fleet: LocalFleet) -> None:
@@ -150,14 +160,38 @@ def _value(states, node: str, name: str) -> float | None:
     return sample.value if sample is not None and sample.validity == "ok" else None
 
 
+def _price_updates(policy: selection.Policy, options: Options, table: Table, control: Control) -> Callable[[], None]:
+    """What is done between two tokens: for `budgeted`, prices follow the temperatures of the latest telemetry."""
+    if not isinstance(policy, selection.Budgeted):
+        return lambda: None
+    limit_c, knee_c = options.temp_limit_c, options.temp_limit_c - KNEE_BELOW_LIMIT_C
+
+    def update() -> None:
+        states = control.snapshot()
+        prices = [
+            selection.price_from_headroom(_value(states, node, "temp_c"), limit_c, knee_c, PRICE_HALF_WAY)
+            for node in table.nodes
+        ]
+        policy.joule_price = selection.expert_prices(table.copies, prices, policy.experts)
+
+    return update
+
+
 def _stream(
-    decoder: Decoder, options: Options, prompt_ids: list[int], text: Text, show: Show
+    decoder: Decoder,
+    options: Options,
+    prompt_ids: list[int],
+    text: Text,
+    show: Show,
+    between_tokens: Callable[[], None],
 ) -> tuple[list[TokenCost], list[np.ndarray]]:
     show(options.prompt)
     stream = text.stream()
     costs: list[TokenCost] = []
     logits: list[np.ndarray] = []
+    between_tokens()
     for cost in decoder.generate(prompt_ids, options.tokens, options.sampling, keep_logits=logits, ignore_eos=True):
+        between_tokens()
         costs.append(cost)
         show(stream.push(cost.token_id))
     return costs, logits
@@ -168,6 +202,7 @@ def _parity(
     manifest: shard.Manifest,
     table: Table,
     trunk: Trunk,
+    policy: selection.Policy,
     prompt_ids: list[int],
     costs: list[TokenCost],
     logits: list[np.ndarray],
@@ -176,7 +211,7 @@ def _parity(
     rungs = sum(len(cost.rungs) for cost in costs)
     reference: list[np.ndarray] = []
     experts = LocalExperts(options.bundle, manifest, table, options.codec)
-    decoder = Decoder(trunk, _policy(options, manifest), experts, manifest.eos_ids)
+    decoder = Decoder(trunk, policy, experts, manifest.eos_ids)
     tokens = [
         cost.token_id
         for cost in decoder.generate(

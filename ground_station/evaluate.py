@@ -74,7 +74,7 @@ class CountingTopK:
     """The model's own routing, which counts who is chosen. `counts[layer]`: choices per expert so far."""
 
     def __init__(self, manifest: shard.Manifest):
-        self.policy = selection.make("topk", manifest.routing, manifest.dims.top_k)
+        self.policy = selection.make("topk", manifest.routing, manifest.dims.top_k, manifest.dims.experts)
         self.experts = manifest.dims.experts
         self.counts = {layer: np.zeros(self.experts, np.int64) for layer in manifest.moe_layers}
 

@@ -61,12 +61,13 @@ class Budgeted:
     """`topk`, less the experts that are not worth their joules.
 
     joule_price[layer][e]: price of running expert e of a layer where it is placed, in units of gate mass (0: free). Kept by
-    `prices_from_headroom`. An expert is dropped when gate < price, smallest gate first, while the gate mass that stays is at
+    `price_from_headroom`. An expert is dropped when gate < price, smallest gate first, while the gate mass that stays is at
     least `coverage` of that of topk. What stays is renormalised to the whole.
     """
 
     routing: Routing
     top_k: int
+    experts: int
     coverage: float = 0.5
     joule_price: dict[int, np.ndarray] = field(default_factory=dict)
 
@@ -93,7 +94,7 @@ class Budgeted:
         return Choice(experts, result.astype(np.float32))
 
 
-def prices_from_headroom(temp_c: float | None, limit_c: float, knee_c: float, price_at_limit: float) -> float:
+def price_from_headroom(temp_c: float | None, limit_c: float, knee_c: float, price_at_limit: float) -> float:
     """Price of a joule on a node from its temperature: 0 below `knee_c`, then a barrier (x / (1 - x)) scaled so that it is
     `price_at_limit` half-way to the limit and grows without bound towards it. Unknown temperature: as at the half-way point,
     since a node that cannot be seen must not be used as if it were cold.
@@ -106,15 +107,47 @@ def prices_from_headroom(temp_c: float | None, limit_c: float, knee_c: float, pr
     return price_at_limit * x / (1 - x)
 
 
+def expert_prices(
+    copies: dict[tuple[int, int], tuple[tuple[int, int], ...]], node_price: list[float], experts: int
+) -> dict[int, np.ndarray]:
+    """Price [E] per layer from a price per node: an expert costs what its cheapest copy costs (`copies` of dispatch.Table)."""
+    prices: dict[int, np.ndarray] = {}
+    for (layer, expert), where in copies.items():
+        row = prices.setdefault(layer, np.zeros(experts))
+        row[expert] = min(node_price[node] for node, _ in where)
+    return prices
+
+
+class Replay:
+    """Repeats recorded choices call by call, so that a run whose prices moved can be compared with its reference."""
+
+    def __init__(self, choices: list[Choice]):
+        self._choices = iter(choices)
+
+    def __call__(self, layer: int, logits: np.ndarray) -> Choice:
+        return next(self._choices)
+
+
+class Recorder:
+    """A policy that remembers what the policy inside it chose."""
+
+    def __init__(self, policy: Policy):
+        self.policy, self.choices = policy, []
+
+    def __call__(self, layer: int, logits: np.ndarray) -> Choice:
+        self.choices.append(self.policy(layer, logits))
+        return self.choices[-1]
+
+
 POLICIES = ("topk", "random", "budgeted")
 
 
-def make(name: str, rule: Routing, top_k: int, seed: int = 0, coverage: float = 0.5) -> Policy:
+def make(name: str, rule: Routing, top_k: int, experts: int, seed: int = 0, coverage: float = 0.5) -> Policy:
     """A policy by its name.  Raises: ValueError that lists the names."""
     if name == "topk":
         return TopK(rule, top_k)
     if name == "random":
         return Random(rule, top_k, np.random.default_rng(seed))
     if name == "budgeted":
-        return Budgeted(rule, top_k, coverage)
+        return Budgeted(rule, top_k, experts, coverage)
     raise ValueError(f"policy {name!r} is unknown: use one of {', '.join(POLICIES)}")

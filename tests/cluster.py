@@ -32,7 +32,9 @@ class Cluster:
         self.bundle = bundle
         self.holdings = round_robin(self.manifest, dict.fromkeys(NODES, 1 << 30), precision, replicas)
         self.table = Table(self.holdings)
-        self.policy = selection.make("topk", self.manifest.routing, self.manifest.dims.top_k)
+        self.policy = selection.make(
+            "topk", self.manifest.routing, self.manifest.dims.top_k, self.manifest.dims.experts
+        )
         self.broker = Broker(run_dir)
         self.link = Link()
         self.codec, self.run_dir = codec, run_dir

@@ -154,7 +154,7 @@ def test_a_full_context_is_said_before_anything_is_computed(bundle):
 def test_prefill_in_one_go_equals_token_by_token(bundle):
     manifest = shard.read_manifest(bundle)
     holdings = round_robin(manifest, {"local": 1 << 40}, "int8")
-    policy = selection.make("topk", manifest.routing, manifest.dims.top_k)
+    policy = selection.make("topk", manifest.routing, manifest.dims.top_k, manifest.dims.experts)
     decoder = Decoder(Trunk(bundle, manifest), policy, LocalExperts(bundle, manifest, Table(holdings)))
     whole = decoder.trunk.sequence(16)
     together = whole.prefill(PROMPT, decoder.moe, every_position=True)

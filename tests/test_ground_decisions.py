@@ -30,7 +30,7 @@ def test_gates_follow_each_family_rule_by_hand():
 
 
 def test_budgeted_drops_what_is_not_worth_its_price_but_keeps_the_coverage():
-    policy = selection.make("budgeted", SOFTMAX_RENORMALISED, 3, coverage=0.6)
+    policy = selection.make("budgeted", SOFTMAX_RENORMALISED, 3, 4, coverage=0.6)
     free = policy(0, LOGITS)
     assert free.gates == pytest.approx(np.array([[0.5, 0.3, 0.15]]) / 0.95)
     policy.joule_price[0] = np.array([0.0, 0.0, 0.4, 0.4])  # experts 2 and 3 live on hot nodes
@@ -44,23 +44,36 @@ def test_budgeted_drops_what_is_not_worth_its_price_but_keeps_the_coverage():
 
 
 def test_price_rises_without_bound_towards_the_limit_and_unknown_is_not_cold():
-    price = [selection.prices_from_headroom(t, 85.0, 65.0, 0.1) for t in (20.0, 65.0, 75.0, 80.0, 84.99)]
+    price = [selection.price_from_headroom(t, 85.0, 65.0, 0.1) for t in (20.0, 65.0, 75.0, 80.0, 84.99)]
     assert price[:2] == [0.0, 0.0]
     assert price[2] == pytest.approx(0.1)
     assert price[3] == pytest.approx(0.3)  # x = 0.75: 0.75 / 0.25
     assert price[4] > 50
-    assert selection.prices_from_headroom(None, 85.0, 65.0, 0.1) == pytest.approx(0.1)
+    assert selection.price_from_headroom(None, 85.0, 65.0, 0.1) == pytest.approx(0.1)
+
+
+def test_an_expert_costs_what_its_cheapest_copy_costs():
+    copies = {(0, 0): ((0, 1),), (0, 1): ((0, 1), (1, 2)), (3, 1): ((1, 1),)}
+    prices = selection.expert_prices(copies, [0.5, 0.2], experts=2)
+    assert {layer: row.tolist() for layer, row in prices.items()} == {0: [0.5, 0.2], 3: [0.0, 0.2]}
+
+
+def test_a_replay_repeats_what_was_recorded():
+    recorder = selection.Recorder(selection.make("random", SOFTMAX_RENORMALISED, 2, 4, seed=7))
+    first = [recorder(0, LOGITS), recorder(1, LOGITS)]
+    replay = selection.Replay(recorder.choices)
+    assert [replay(0, LOGITS) is first[0], replay(1, LOGITS) is first[1]] == [True, True]
 
 
 def test_random_policy_uses_other_experts_than_topk():
-    policy = selection.make("random", SOFTMAX_RENORMALISED, 2, seed=1)
+    policy = selection.make("random", SOFTMAX_RENORMALISED, 2, 4, seed=1)
     chosen = {tuple(sorted(policy(0, LOGITS).experts[0])) for _ in range(50)}
     assert len(chosen) == 6  # all pairs of four
 
 
 def test_an_unknown_policy_is_refused_with_the_list():
     with pytest.raises(ValueError, match="topk, random, budgeted"):
-        selection.make("clever", SOFTMAX_RENORMALISED, 2)
+        selection.make("clever", SOFTMAX_RENORMALISED, 2, 4)
 
 
 def _manifest(experts: int = 4, bytes_each: int = 100) -> Manifest:

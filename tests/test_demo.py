@@ -1,0 +1,95 @@
+"""`spacemoe demo` as a user runs it, on the reference bundle: what it prints, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from ground_station.cli import reference_bundle
+
+pytestmark = pytest.mark.broker
+DEMO = [sys.executable, "-m", "ground_station.cli", "demo", "--prompt", "In the beginning", "--seed", "0"]
+
+
+def run(*arguments: str) -> dict:
+    done = subprocess.run([*DEMO, "--json", *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.strip().splitlines()) == 1
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("broker", ["mosquitto", "embedded"])
+def test_the_ledger_says_what_the_issue_asks_for(broker, request):
+    if broker == "mosquitto":
+        request.getfixturevalue("mosquitto")
+    result = run("--tokens", "64", "--broker", broker)
+    assert result["tokens"] == 64 and len(result["text"]) > 64
+    assert result["tokens_per_s"] > 0 and result["ttft_s"] > 0
+    assert result["bytes_per_token"]["sent"] > 0 and result["bytes_per_token"]["received"] > 0
+    assert result["joules_per_token"] > 0 and result["joules_provenance"] == "simulated"
+    assert len(result["nodes"]) == 4
+    for node in result["nodes"]:
+        assert node["served"] > 0 and 20 < node["temp_c"] < 100 and 1 < node["power_w"] < 30
+        assert node["provenance"] == "simulated"
+    assert result["ladder"] == {}
+    assert result["parity"]["equal"] is True
+    assert (result["parity"]["tokens_equal"], result["parity"]["max_logit_diff"]) == (64, 0)
+    assert result["broker"] == broker
+
+
+def test_the_same_seed_gives_the_same_text_and_another_policy_another():
+    sampled = [
+        run("--tokens", "24", "--temperature", "0.9", "--top-p", "0.95", "--no-parity")["text"] for _ in range(2)
+    ]
+    assert sampled[0] == sampled[1]
+    random = run("--tokens", "24", "--policy", "random")
+    assert random["text"] != run("--tokens", "24", "--no-parity")["text"]
+    assert random["parity"]["equal"] is True
+
+
+def test_budgeted_runs_fewer_experts_when_the_boards_are_near_their_limit():
+    free, hot = (run("--tokens", "24", "--policy", "budgeted", "--temp-limit", limit) for limit in ("200", "50"))
+    served = [sum(node["served"] for node in result["nodes"]) for result in (free, hot)]
+    assert served[1] < 0.8 * served[0]
+    assert hot["parity"]["equal"] is True
+
+
+def test_the_ledger_file_has_a_line_per_token(tmp_path):
+    run("--tokens", "8", "--no-parity", "--ledger", str(tmp_path / "tokens.jsonl"))
+    lines = [json.loads(line) for line in (tmp_path / "tokens.jsonl").read_text().splitlines()]
+    assert len(lines) == 8
+    assert all(line["total_ms"] >= line["trunk_ms"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_behind_however_it_ends(how, tmp_path):
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    demo = subprocess.Popen(
+        [*DEMO, "--tokens", "1900"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    )
+    children: list[psutil.Process] = []
+    end = time.monotonic() + 60
+    while len(children) < 6:  # broker, simulator, four agents
+        assert time.monotonic() < end and demo.poll() is None
+        children = psutil.Process(demo.pid).children(recursive=True)
+        time.sleep(0.05)
+    demo.send_signal(how)
+    _, errors = demo.communicate(timeout=20)
+    if how == signal.SIGINT:
+        assert demo.returncode == 130
+        assert errors.decode().strip().splitlines()[-1].startswith("interrupted")
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+    if how != signal.SIGKILL:
+        assert not list(tmp_path.glob("spacemoe-demo-*"))
+
+
+def test_a_clone_has_its_reference_bundle():
+    assert reference_bundle().is_dir()
