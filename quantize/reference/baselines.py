@@ -15,7 +15,7 @@ import lzma
 import os
 from pathlib import Path
 
-from quantize.reference.corpus import DOMAINS, default_work
+from quantize.reference.sources import DOMAINS, default_work
 
 PPMD_ORDER = 8
 PPMD_MEMORY_BYTES = 1 << 30
