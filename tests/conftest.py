@@ -22,6 +22,11 @@ def lacking(what: str, remedy: str) -> None:
     pytest.skip(text)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("SPACEMOE_NO_SKIP") and importlib.util.find_spec("torch") is None:
+        pytest.exit("SPACEMOE_NO_SKIP is set and torch is missing: pip install -c constraints.txt -e .[reference]", 1)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("torch") and importlib.util.find_spec("torch") is None:
         lacking("torch", "pip install -c constraints.txt -e .[reference]")

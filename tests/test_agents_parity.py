@@ -13,29 +13,16 @@ import numpy as np
 import pytest
 
 pytestmark = [pytest.mark.torch, pytest.mark.broker]
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+from cluster import NODES, Cluster, greedy
+from tiny_checkpoints import FAMILIES, make, reference_greedy
 
-from cluster import NODES, Cluster, greedy  # noqa: E402
-from tiny_checkpoints import FAMILIES, make  # noqa: E402
-
-from ground_station.trunk import Trunk  # noqa: E402
-from node_agent import shard  # noqa: E402
-from quantize.pipeline import quantize  # noqa: E402
+from ground_station.trunk import Trunk
+from node_agent import shard
+from quantize.pipeline import quantize
 
 PROMPT = [1, 17, 200, 45, 45, 301, 8, 99, 120]
 TOKENS = 16
 TOLERANCE = 1e-4
-
-
-def reference(folder: Path) -> tuple[list[int], np.ndarray]:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids, logits = list(PROMPT), []
-    with torch.no_grad():
-        for _ in range(TOKENS):
-            logits.append(model(torch.tensor([ids])).logits[0, -1].numpy())
-            ids.append(int(logits[-1].argmax()))
-    return ids[len(PROMPT) :], np.stack(logits)
 
 
 def differences(
@@ -54,7 +41,7 @@ def test_four_agents_write_what_transformers_writes(family, tmp_path):
     model = make(family, tmp_path / "model")
     bundle = tmp_path / "bundle"
     quantize(model, bundle, precisions=("fp32",), progress=False)
-    expected = reference(model)
+    expected = reference_greedy(model, PROMPT, TOKENS)
     tokens, worst, served = differences(bundle, tmp_path / "run", expected)
     assert tokens == expected[0]
     assert worst <= TOLERANCE

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from bundle_runner import BundleRunner  # noqa: E402
-from tiny_checkpoints import FAMILIES, make  # noqa: E402
+from tiny_checkpoints import FAMILIES, make, reference_greedy  # noqa: E402
 
 from quantize.pipeline import quantize  # noqa: E402
 
@@ -26,23 +25,12 @@ TOKENS = 12
 TOLERANCE = 1e-4
 
 
-def reference(folder: Path) -> tuple[list[int], np.ndarray]:
-    """Greedy tokens and their logits without a cache: each step runs the whole sequence."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids, logits = list(PROMPT), []
-    with torch.no_grad():
-        for _ in range(TOKENS):
-            logits.append(model(torch.tensor([ids])).logits[0, -1].numpy())
-            ids.append(int(logits[-1].argmax()))
-    return ids[len(PROMPT) :], np.stack(logits)
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def pair(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(request.param)
     model = make(request.param, root / "model")
     quantize(model, root / "bundle", precisions=("fp32",), progress=False)
-    return request.param, root, reference(model)
+    return request.param, root, reference_greedy(model, PROMPT, TOKENS)
 
 
 def test_greedy_tokens_and_logits_equal_transformers(pair):

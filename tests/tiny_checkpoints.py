@@ -91,6 +91,21 @@ def make(family: str, folder: Path, seed: int = 0, **changes) -> Path:
     return folder
 
 
+def reference_greedy(folder: Path, prompt: list[int], tokens: int):
+    """(greedy tokens, their logits float32 [tokens, V]) by transformers, without a cache: each step runs the whole text."""
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids, logits = list(prompt), []
+    with torch.no_grad():
+        for _ in range(tokens):
+            logits.append(model(torch.tensor([ids])).logits[0, -1].numpy())
+            ids.append(int(logits[-1].argmax()))
+    return ids[len(prompt) :], np.stack(logits)
+
+
 def make_without_torch(
     folder: Path, seed: int = 0, layers: int = 3, experts: int = 6, hidden: int = 64, width: int = 48
 ) -> Path:
