@@ -11,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytestmark = [pytest.mark.torch, pytest.mark.broker]
 from cluster import NODES, Cluster, greedy
 from tiny_checkpoints import FAMILIES, make, reference_greedy
 
@@ -20,6 +18,7 @@ from ground_station.trunk import Trunk
 from node_agent import shard
 from quantize.pipeline import quantize
 
+pytestmark = [pytest.mark.torch, pytest.mark.broker]
 PROMPT = [1, 17, 200, 45, 45, 301, 8, 99, 120]
 TOKENS = 16
 TOLERANCE = 1e-4
