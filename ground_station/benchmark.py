@@ -102,7 +102,7 @@ def decode(
     alone = Table(round_robin(manifest, {"local": 2**62}, precision))
     experts = LocalExperts(bundle, manifest, alone, None, threads, spin=True)
     single = Decoder(Trunk(bundle, manifest, threads, spin=True), rule, experts)
-    bare = BareLoop(single, experts.sessions, manifest.routing, dims.top_k, dims.experts)
+    bare = BareLoop(single, experts.sessions, manifest.routing, dims.top_k)
     names = [f"node-{index + 1}" for index in range(nodes)]
     holdings = round_robin(manifest, dict.fromkeys(names, 2**62), precision, (precision,) * (copies - 1))
     times: dict[str, list[float]] = {"bare": [], "single": [], "distributed": []}
