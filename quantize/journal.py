@@ -51,7 +51,8 @@ class Journal:
             if not records:
                 self._append({"recipe": recipe_hash})
                 return
-            if len(records) == 1 and records[0].get("recipe") != recipe_hash:
+            alone = [path.name for path in self.root.iterdir()] == [JOURNAL]
+            if alone and records[0].get("recipe") != recipe_hash:
                 # nothing was finished, say because the checkpoint was damaged: there is nothing to protect
                 os.truncate(self.path, 0)
                 self._append({"recipe": recipe_hash})

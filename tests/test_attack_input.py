@@ -174,7 +174,8 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
 
 def test_a_journal_with_nothing_finished_does_not_stop_another_model(tmp_path):
     Journal(tmp_path, "one")
-    Journal(tmp_path, "two").add_layer(0)
+    Journal(tmp_path, "two")
+    (tmp_path / "experts").mkdir()
     with pytest.raises(ResumeError):
         Journal(tmp_path, "three")
 
