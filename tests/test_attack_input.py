@@ -18,6 +18,7 @@ from ground_station.broker import Broker, BrokerError
 from ground_station.cli import main, reference_bundle
 from ground_station.sampling import Sampling
 from ground_station.text import Text
+from ground_station.trunk import Trunk
 from node_agent import shard
 from node_agent.config import ConfigError, parse
 from quantize.journal import Journal, ResumeError
@@ -91,9 +92,8 @@ def test_the_manifest_that_the_cases_below_damage_is_read(tmp_path):
         lambda m: m["routing"].update(kind="nonsense"),
         lambda m: m.update(bos_id=10**9),
         lambda m: m.update(eos_ids=[-1]),
-        lambda m: m.update(segments=[]),
         lambda m: m["segments"][0].update(files=[]),
-        lambda m: m.update(moe_layers=[0, 1]),
+        lambda m: m.update(moe_layers=[0, 0]),
         lambda m: m["shards"].append(m["shards"][0]),
         lambda m: m["shards"][0].update(files=[]),
         lambda m: m["shards"][0].update(precision="nonsense"),
@@ -109,6 +109,13 @@ def test_a_manifest_without_sense_is_refused_before_anything_is_allocated(tmp_pa
     damage(content)
     with pytest.raises(shard.BundleError, match="write or copy the bundle again"):
         shard.read_manifest(put(tmp_path, content))
+
+
+def test_a_trunk_with_a_segment_missing_is_refused(tmp_path):
+    content = tree()
+    content["segments"].pop()
+    with pytest.raises(shard.BundleError, match="one per MoE layer"):
+        Trunk(tmp_path, shard.read_manifest(put(tmp_path, content)))
 
 
 def test_a_deeply_nested_manifest_is_refused(tmp_path):
