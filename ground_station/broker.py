@@ -13,6 +13,7 @@ parent alone, which can then let nodes say goodbye before it stops the broker.
 
 from __future__ import annotations
 
+import ctypes
 import getpass
 import logging
 import os
@@ -35,6 +36,7 @@ MAX_PACKET_BYTES = wire.MAX_MESSAGE_BYTES + 64 * 1024
 MAX_CLIENTS = 1000
 START_TIMEOUT_S = 15.0
 STOP_TIMEOUT_S = 5.0
+_PR_SET_PDEATHSIG = 1
 
 Kind = Literal["auto", "mosquitto", "embedded", "external"]
 
@@ -143,6 +145,8 @@ class Broker:
             kind = "mosquitto" if program else "embedded"
         if kind == "mosquitto" and program is None:
             raise BrokerError("mosquitto is not installed; apt-get install mosquitto, or use the embedded broker")
+        if kind not in ("mosquitto", "embedded"):
+            raise BrokerError(f"broker {kind[:80]!r} is unknown: use auto, mosquitto, embedded or HOST:PORT")
         self.kind = kind
 
     @property
@@ -254,12 +258,18 @@ def _when_abandoned(action: Callable[[], object]) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def _die_with_guard() -> None:
+    """In mosquitto's process before exec: SIGTERM when the guard goes, also when that is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def _guard_mosquitto(config: str) -> int:
     program = find_mosquitto()
     if program is None:
         print("mosquitto is gone", file=sys.stderr)
         return 1
-    child = subprocess.Popen([program, "-c", config], stdin=subprocess.DEVNULL)
+    child = subprocess.Popen([program, "-c", config], stdin=subprocess.DEVNULL, preexec_fn=_die_with_guard)
     _when_abandoned(child.terminate)
     return child.wait()
 

@@ -1,17 +1,21 @@
 """The umbrella command `spacemoe`: parse -> one library call -> print.
 
 The one place that may import sibling rooms, inside sub-commands only, so that `spacemoe --help` stays fast and needs no
-extra. Exit codes: 0 done, 1 the work failed, 2 wrong usage, 3 a check did not hold (parity, verify), 130 interrupted.
+extra. Exit codes: 0 done, 1 the work failed, 2 wrong usage, 3 a check did not hold (parity, verify), 130 interrupted,
+143 told to end (SIGTERM, SIGHUP).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_CHECK, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_CHECK, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 3, 130, 143
 
 
 def reference_bundle() -> Path:
@@ -134,6 +138,7 @@ def _sampling_arguments(sub: argparse.ArgumentParser) -> None:
 
 def _demo(args: argparse.Namespace) -> int:
     from ground_station import demo
+    from ground_station.local_fleet import FleetError
     from ground_station.sampling import Sampling
 
     options = demo.Options(
@@ -153,7 +158,11 @@ def _demo(args: argparse.Namespace) -> int:
         parity=not args.no_parity,
     )
     quiet = args.json
-    result = demo.run(options, (lambda text: None) if quiet else demo.show)
+    try:
+        result = demo.run(options, (lambda text: None) if quiet else demo.show)
+    except FleetError as error:
+        # the temporary folder that the text names is gone by now
+        raise error if args.keep is not None else FleetError(f"{error}; --keep DIR keeps the logs") from None
     print(json.dumps(result) if args.json else demo.report(result))
     return EXIT_OK if result["parity"] is None or result["parity"]["equal"] is not False else EXIT_CHECK
 
@@ -312,20 +321,58 @@ def _benchmark_decode(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+class _Terminated(BaseException):
+    """SIGTERM or SIGHUP came. A BaseException, as KeyboardInterrupt is: nobody may take it for an error of the work."""
+
+
+def _unwind_when_told_to_end() -> None:
+    """Lets SIGTERM and SIGHUP stop children and remove temporary folders as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+
+    def terminate(*_: object) -> None:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # one is enough: a second must not cut the stopping short
+        raise _Terminated
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup's choice stands
+            signal.signal(number, terminate)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Errors are one line that names the next step; a bug shows its traceback."""
     root = parser()
     args = root.parse_args(argv)
     if args.version:
-        from importlib.metadata import version
+        from importlib import metadata
 
-        print(f"spacemoe-kit {version('spacemoe-kit')}")
+        try:
+            print(f"spacemoe-kit {metadata.version('spacemoe-kit')}")
+        except metadata.PackageNotFoundError:
+            print("spacemoe-kit source")
         return EXIT_OK
     if args.command is None:
         root.print_help()
         return EXIT_USAGE
     try:
-        return args.run(args)
+        _unwind_when_told_to_end()
+        code = args.run(args)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a full disk or a closed pipe shows here, not after the exit code was chosen
+        return code
+    except _Terminated:
+        print("terminated: everything that was started has been stopped", file=sys.stderr)
+        return EXIT_TERMINATED
+    except BrokenPipeError:
+        # the reader has gone (`spacemoe ... | head`); what is left in the buffer must not fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("spacemoe: nobody reads the output any more: stopped", file=sys.stderr)
+        return EXIT_FAILED
+    except MemoryError as error:
+        text = " ".join(str(error).split()) or "out of memory"
+        print(f"spacemoe: {text}: free memory or take a smaller model or context", file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         print("interrupted: everything that was started has been stopped", file=sys.stderr)
         return EXIT_INTERRUPTED

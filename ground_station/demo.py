@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -65,8 +64,7 @@ Show = Callable[[str], None]
 
 def show(text: str) -> None:
     """Prints progress and the text itself as they come."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    print(text, end="", flush=True)
 
 
 def run(options: Options, show: Show) -> dict:
@@ -77,7 +75,7 @@ def run(options: Options, show: Show) -> dict:
     if options.codec not in compress.CODECS:
         raise ValueError(f"codec {options.codec!r} is unknown: use one of {', '.join(compress.CODECS)}")
     manifest = shard.read_manifest(options.bundle)
-    text = Text(options.bundle)
+    text = Text(options.bundle, manifest)
     prompt_ids = ([manifest.bos_id] if manifest.bos_id is not None else []) + text.encode(options.prompt)
     needed = len(prompt_ids) + options.tokens
     if needed > manifest.dims.max_context:
@@ -86,6 +84,8 @@ def run(options: Options, show: Show) -> dict:
             f"ask for at most {max(0, manifest.dims.max_context - len(prompt_ids))}"
         )
     policy = _policy(options, manifest)
+    if options.ledger is not None:
+        _write_ledger(options.ledger, [])  # a path that cannot be written is told now, not after the last token
     boards = demo_boards(options.nodes)
     holdings = round_robin(
         manifest,
@@ -97,7 +97,10 @@ def run(options: Options, show: Show) -> dict:
     names = set(table.nodes)
     with contextlib.ExitStack() as stack:
         run_dir = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="spacemoe-demo-")))
-        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FleetError(f"{run_dir} cannot be a folder ({error.strerror}): give another --keep DIR") from None
         external = options.broker if ":" in options.broker else ""
         broker = stack.enter_context(Broker(run_dir, "external" if external else options.broker, external=external))
         show(f"broker {broker.kind} on {broker.host}:{broker.port}\n")
@@ -144,10 +147,10 @@ def _wait_for_nodes(names: set[str], link: Link, control: Control, fleet: LocalF
 
 def _energy_j(control: Control, names: set[str]) -> dict[str, float | None]:
     """Cumulative joules of each node, sampled now (None where it has no power sensor or does not answer)."""
-    for name in sorted(names):
-        control.command(name, "sample", 2.0)
+    answered = {name for name in sorted(names) if control.command(name, "sample", 2.0).ok}
     states = control.snapshot()
-    return {name: _value(states, name, "energy_j") for name in names}
+    # what a silent node said earlier is not its energy now
+    return {name: _value(states, name, "energy_j") if name in answered else None for name in names}
 
 
 def _sample(states, node: str, name: str):
@@ -230,9 +233,14 @@ def _parity(
 
 
 def _write_ledger(path: Path, costs: list[TokenCost]) -> None:
-    with shard.atomic_file(path) as file:
-        for cost in costs:
-            file.write(json.dumps(dataclasses.asdict(cost)).encode() + b"\n")
+    try:
+        with shard.atomic_file(path) as file:
+            for cost in costs:
+                file.write(json.dumps(dataclasses.asdict(cost)).encode() + b"\n")
+    except OSError as error:
+        raise OSError(
+            error.errno, f"the ledger cannot be written to {path} ({error.strerror}): give another --ledger FILE"
+        ) from None
 
 
 def _ledger(options, text, costs, before, after, remote, table, states, parity, broker_kind) -> dict:

@@ -141,7 +141,7 @@ def evaluate(
     from tqdm import tqdm
 
     manifest = shard.read_manifest(root)
-    text = Text(root)
+    text = Text(root, manifest)
     decoder = model(root, manifest, precision, threads)
     start = manifest.bos_id if manifest.bos_id is not None else next(iter(manifest.eos_ids), None)
     if start is None:

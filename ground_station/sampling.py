@@ -22,6 +22,8 @@ class Sampling:
             raise ValueError(f"temperature {self.temperature} is outside 0..100")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top-p {self.top_p} is outside (0, 1]")
+        if self.seed < 0:
+            raise ValueError(f"seed {self.seed} is negative: give 0 or more")
 
 
 class Sampler:

@@ -41,6 +41,10 @@ class Trunk:
     """Sessions of all segments of one bundle. Raises: shard.BundleError when a file is missing or altered."""
 
     def __init__(self, root: Path, manifest: shard.Manifest, threads: int = 1, spin: bool = False, verify: bool = True):
+        if tuple(segment.moe_layer for segment in manifest.segments) != (*manifest.moe_layers, None):
+            raise shard.BundleError(
+                f"{root}: the trunk's segments are not one per MoE layer and a last one: write or copy the bundle again"
+            )
         self.dims = manifest.dims
         self.segments = manifest.segments
         self.sessions = []

@@ -248,7 +248,7 @@ def parse(text: str, base: Path) -> Config:
     """Configuration in `text`; relative paths are below `base`.  Raises: ConfigError."""
     try:
         tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"not TOML: {error}: correct that line") from None
     known = {"node": True, "bundle": False, "broker": False, "data": True, "telemetry": False}
     for name in tree:

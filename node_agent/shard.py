@@ -10,9 +10,11 @@ Leaves out: how graphs are built (quantize) and run (node_agent.experts, ground_
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
+import stat
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 256 * 1024 * 1024
 PARTIAL_SUFFIX = ".partial"
+MAX_DIM = 1 << 24  # no size in a manifest is larger: it is checked before anything is allocated by it
 
 
 class BundleError(ValueError):
@@ -145,6 +148,7 @@ class Manifest:
 
 
 _PRECISION_ORDER = ["fp32", "int8", "int8dyn", "int4"]
+ROUTING_KINDS = ("softmax_topk", "topk_softmax")
 
 
 def shard_stem(layer: int, expert: int, precision: str) -> str:
@@ -166,7 +170,12 @@ def _digest(file: BinaryIO) -> str:  # Python 3.10 (JetPack 6) lacks hashlib.fil
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file open for writing that appears under `path` whole or not at all, also after a power cut."""
+    """A file open for writing that appears under `path` whole or not at all, also after a power cut.
+
+    Raises: OSError, also when `path` is a device, pipe or folder: the rename would put a plain file in its place.
+    """
+    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+        raise FileExistsError(errno.EEXIST, "is no plain file: name another", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
@@ -224,16 +233,58 @@ def read_manifest(root: Path) -> Manifest:
         raise BundleError(
             f"{root} is no bundle (no readable {MANIFEST}): make one by `spacemoe quantize MODEL -o BUNDLE`"
         ) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BundleError(f"{path} is not JSON: write or copy the bundle again") from None
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         raise BundleError(f"{path} is not of format {FORMAT}: give the folder that `spacemoe quantize` wrote")
     version = tree.get("format_version")
+    if isinstance(version, int) and version < 1:
+        raise BundleError(f"{path} is damaged (format version {version}): write or copy the bundle again")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise BundleError(
             f"{path} has format version {version}, this build reads up to {FORMAT_VERSION}: update spacemoe-kit"
         )
     try:
-        return wire.build(Manifest, tree)
+        manifest = wire.build(Manifest, tree)
+        _check_sense(manifest)
+        return manifest
     except wire.WireError as error:
         raise BundleError(f"{path} is damaged ({error}): write or copy the bundle again") from None
+
+
+def _check_sense(manifest: Manifest) -> None:
+    """Sizes and references that no writer of bundles makes: found here, they are one line instead of a crash far away.
+
+    Raises: wire.WireError.
+    """
+
+    def must(holds: bool, text: str) -> None:
+        if not holds:
+            raise wire.WireError(text)
+
+    dims = manifest.dims
+    for name, size in vars(dims).items():
+        must(0 < size <= MAX_DIM, f"dims.{name} is {size}, outside 1..{MAX_DIM}")
+    must(dims.top_k <= dims.experts, f"top-{dims.top_k} of {dims.experts} experts")
+    must(manifest.routing.kind in ROUTING_KINDS, f"routing {manifest.routing.kind[:40]!r} is unknown")
+    for token in (*manifest.eos_ids, *(() if manifest.bos_id is None else (manifest.bos_id,))):
+        must(0 <= token < dims.vocab, f"token {token} is outside the vocabulary of {dims.vocab}")
+    must(len({*manifest.moe_layers}) == len(manifest.moe_layers), "a MoE layer is listed twice")
+    seen = set()
+    for entry in manifest.shards:
+        key = (entry.layer, entry.expert, entry.precision)
+        must(
+            key not in seen,
+            f"the {entry.precision[:40]} shard of layer {entry.layer} expert {entry.expert} is there twice",
+        )
+        seen.add(key)
+        must(entry.precision in _PRECISION_ORDER, f"precision {entry.precision[:40]!r} is unknown")
+        must(
+            entry.layer in manifest.moe_layers and 0 <= entry.expert < dims.experts,
+            f"there is a shard of layer {entry.layer} expert {entry.expert}, which the model has not",
+        )
+    for piece in (*manifest.segments, *manifest.shards):
+        must(bool(piece.files), "a trunk segment or shard has no files")
+    for entry in (*manifest.files, *(item for piece in (*manifest.segments, *manifest.shards) for item in piece.files)):
+        must("\0" not in entry.path and entry.path != "", f"{entry.path[:40]!r} is no path")
+        must(entry.bytes >= 0, f"{entry.path[:40]} has {entry.bytes} bytes")

@@ -11,10 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Callable
 
-from node_agent.shard import Dims, Routing
+from node_agent.shard import MAX_DIM, Dims, Routing
 from quantize.checkpoint import CheckpointError
 
 DEFAULT_MAX_CONTEXT = 4096
+MAX_LAYERS = 1024
 ROTARY_MULTIPLE = 16  # the attention kernel wants half a head in multiples of 8
 
 
@@ -234,6 +235,11 @@ def architecture(config: Config, max_context: int = DEFAULT_MAX_CONTEXT) -> Arch
         head_dim=_int(config, "head_dim", default=hidden // max(heads, 1)),
         max_context=_max_context(config, family, max_context),
     )
+    if max(vars(dims).values()) > MAX_DIM or dims.layers > MAX_LAYERS:
+        raise FamilyError(
+            f"config.json or --max-context: a size is beyond any model ({dims}): correct it, at most {MAX_DIM}"
+            f" and {MAX_LAYERS} layers"
+        )
     if min(vars(dims).values()) < 1 or dims.top_k > dims.experts or dims.heads % dims.kv_heads:
         raise FamilyError(f"config.json: sizes do not fit together ({dims}): copy the model's config.json again")
     if dims.head_dim % ROTARY_MULTIPLE:

@@ -51,6 +51,12 @@ class Journal:
             if not records:
                 self._append({"recipe": recipe_hash})
                 return
+            alone = [path.name for path in self.root.iterdir()] == [JOURNAL]
+            if alone and records[0].get("recipe") != recipe_hash:
+                # nothing was finished, say because the checkpoint was damaged: there is nothing to protect
+                os.truncate(self.path, 0)
+                self._append({"recipe": recipe_hash})
+                return
             if records[0].get("recipe") != recipe_hash:
                 raise ResumeError(
                     f"{self.root} holds the unfinished bundle of another model or recipe: give another -o, or --force to replace it"

@@ -8,6 +8,8 @@ Leaves out: reading checkpoints, the numerics and the graphs (their own modules)
 from __future__ import annotations
 
 import errno
+import fcntl
+import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,7 +94,7 @@ def quantize(
     recipe, text = choose_recipe(model_dir, wanted, trunk_precision, calibration_text, rtn, max_tokens, max_context)
     fingerprint = checkpoint.fingerprint()
     recipe_hash = recipe.hash(fingerprint)
-    with disk_room(out):
+    with disk_room(out), _alone(out):
         finished = _existing(out, recipe_hash, force)
         if finished is not None:
             return finished
@@ -109,10 +111,35 @@ def quantize(
     return manifest
 
 
-def _existing(out: Path, recipe_hash: str, force: bool) -> Manifest | None:
-    """The finished bundle in `out` if it is the one asked for; None if there is room for it.  Raises: ResumeError."""
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """The folder `out`, made if need be, for this run only: two at once would write the same temporary files.
+
+    The lock is on the folder itself, so that nothing is left behind.  Raises: ResumeError.
+    """
     if out.exists() and not out.is_dir():
         raise ResumeError(f"{out} is a file: give a folder by -o")
+    made = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        folder = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        if error.errno in _DISK:
+            raise
+        raise ResumeError(f"{out} cannot be a folder ({error.strerror}): give another -o") from None
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ResumeError(f"another run is writing {out}: wait for it, or give another -o") from None
+    finally:
+        os.close(folder)
+        if made and not any(out.iterdir()):
+            out.rmdir()
+
+
+def _existing(out: Path, recipe_hash: str, force: bool) -> Manifest | None:
+    """The finished bundle in `out` if it is the one asked for; None if there is room for it.  Raises: ResumeError."""
     has_manifest = (out / MANIFEST).exists()
     if force and (has_manifest or (out / JOURNAL).exists()):
         for item in (MANIFEST, JOURNAL, CALIBRATION, *COPIED):
