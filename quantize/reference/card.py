@@ -4,7 +4,8 @@
     python -m quantize.reference.card                           # writes checkpoint/README.md from figures/
 
 figures/: sources.json (corpus), curve.json and training.json (training run), baselines.json (compressors), evaluation.json
-(`spacemoe evaluate --json` on a bundle with fp32 shards), control.json (the dense control, once it is trained).
+(`spacemoe evaluate --json` on a bundle with fp32 shards), control_curve.json (the dense control's run) and control.json (its
+held-out figures, `train --evaluate --name dense`, once it has seen as many tokens as the model).
 Leaves out: measuring anything.
 """
 
@@ -19,6 +20,7 @@ from node_agent.shard import atomic_file
 HERE = Path(__file__).resolve().parent
 FIGURES, CHECKPOINT = HERE / "figures", HERE / "checkpoint"
 CURVE_POINTS = 40
+MODEL_RUN = "moe"
 
 PREAMBLE = """---
 license: apache-2.0
@@ -66,17 +68,26 @@ def _write(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def _rate_at(losses: list[dict], tokens: int) -> float:
+    """Learning-rate multiplier that was logged last before `tokens`."""
+    return next((line["lr"] for line in reversed(losses) if line["tokens"] <= tokens), 0.0)
+
+
 def collect(work: Path, run: str) -> None:
     """Copies what a run and its corpus recorded into figures/ (a curve of at most CURVE_POINTS losses, every evaluation)."""
     lines = [json.loads(line) for line in (work / "runs" / run / "log.jsonl").read_text().splitlines()]
     losses = [line for line in lines if "loss" in line]
     step = max(1, len(losses) // CURVE_POINTS)
-    curve = {
-        "loss": [{key: line[key] for key in ("tokens", "loss", "lr")} for line in losses[::step] + losses[-1:]],
-        "dev": [
-            {"tokens": line["tokens"], "mean_bits_per_byte": line["dev_mean"]} for line in lines if "dev_mean" in line
-        ],
-    }
+    dev = [
+        {"tokens": line["tokens"], "mean_bits_per_byte": line["dev_mean"], "lr": _rate_at(losses, line["tokens"])}
+        for line in lines
+        if "dev_mean" in line
+    ]
+    if run != MODEL_RUN:
+        _write(FIGURES / "control_curve.json", json.dumps({"dev": dev}, indent=1) + "\n")
+        return
+    kept = [{key: line[key] for key in ("tokens", "loss", "lr")} for line in losses[::step] + losses[-1:]]
+    curve = {"loss": kept, "dev": dev}
     _write(FIGURES / "curve.json", json.dumps(curve, indent=1) + "\n")
     _write(FIGURES / "sources.json", (work / "sources.json").read_text())
     _write(FIGURES / "training.json", (CHECKPOINT / "training.json").read_text())
@@ -87,7 +98,33 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
 
 
-def _quality(evaluation: dict, baselines: dict, control: dict | None) -> str:
+def _control_so_far(model: list[dict], control: list[dict]) -> str:
+    """The two runs' dev figures side by side, the model's interpolated to the control's tokens (both at the full rate)."""
+    stable = [item for item in model if item["lr"] == 1.0]
+    rows = []
+    for item in control:
+        before = [m for m in stable if m["tokens"] <= item["tokens"]]
+        after = [m for m in stable if m["tokens"] >= item["tokens"]]
+        if item["lr"] != 1.0 or not before or not after:
+            continue
+        a, b = before[-1], after[0]
+        share = (item["tokens"] - a["tokens"]) / (b["tokens"] - a["tokens"]) if b is not a else 0.0
+        value = a["mean_bits_per_byte"] + share * (b["mean_bits_per_byte"] - a["mean_bits_per_byte"])
+        rows.append([f"{item['tokens'] / 1e6:.1f}", f"{value:.3f}", f"{item['mean_bits_per_byte']:.3f}"])
+    text = (
+        "\nThe dense control (the same active size: SwiGLU of 512 in place of 4 of 16 experts of 128; the same data in the same "
+        "order at the same rates) has not been trained to the model's number of tokens yet."
+    )
+    if not rows:
+        return text + "\n"
+    return (
+        text
+        + " So far, mean dev bits per byte at equal tokens, both at the full learning rate (the model's values interpolated "
+        "between its evaluations):\n\n" + _table(["M tokens", "model", "dense control"], rows)
+    )
+
+
+def _quality(evaluation: dict, baselines: dict, control: dict | None, so_far: str) -> str:
     names = list(evaluation)
     head = ["domain", *names, "dense control", "xz -9e", "PPMd o8", "PPMd primed"]
     rows = []
@@ -121,7 +158,7 @@ def _quality(evaluation: dict, baselines: dict, control: dict | None) -> str:
             f"{control['tokens'] / 1e6:.1f} M tokens in the same order at the same rates.\n"
         )
     else:
-        text += "\nThe dense control has not been trained to the same number of tokens yet.\n"
+        text += so_far
     return text
 
 
@@ -193,7 +230,9 @@ def render() -> str:
             ["M tokens", *(f"{item['tokens'] / 1e6:.1f}" for item in dev)],
             [["dev bits per byte (mean)", *(f"{item['mean_bits_per_byte']:.3f}" for item in dev)]],
         ),
-        _quality(evaluation, baselines, control),
+        _quality(
+            evaluation, baselines, control, _control_so_far(dev, (_read("control_curve.json") or {"dev": []})["dev"])
+        ),
         _experts(next(iter(evaluation.values()))["expert_use"]),
         REBUILD,
     ]
@@ -204,7 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--collect", action="store_true", help="copy the records of a run into figures/ and stop")
     parser.add_argument("--work", type=Path, help="folder of corpus and runs, for --collect")
-    parser.add_argument("--name", default="moe", help="run, for --collect (default: %(default)s)")
+    parser.add_argument("--name", default=MODEL_RUN, help="run, for --collect (default: %(default)s)")
     args = parser.parse_args()
     if args.collect:
         if args.work is None:
