@@ -16,6 +16,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 from ground_station.link import Link
 from ground_station.placement import Holding
@@ -50,23 +51,36 @@ def _die_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _child(arguments: list[str], log: Path, core: int | None = None) -> subprocess.Popen:
-    def before_exec() -> None:
+def _spawn(arguments: list[str], log: Path, keep: Callable[[subprocess.Popen], None], core: int | None = None) -> None:
+    """Starts a Python module as a child and hands it to `keep` before any signal can interrupt.
+
+    A signal handler's exception inside a fork is swallowed, and one right after it would lose the child: so the signals that
+    stop us are held meanwhile.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+
+    def in_child() -> None:
         _die_with_parent()
         if core is not None:
             os.sched_setaffinity(0, {core})
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    with open(log, "ab") as file:
-        return subprocess.Popen(  # own session: Ctrl-C reaches this process alone, which then stops them in order
-            [sys.executable, "-m", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=before_exec,
-            env=environment,
-        )
+    try:
+        with open(log, "ab") as file:
+            keep(
+                subprocess.Popen(  # own session: Ctrl-C reaches this process alone, which then stops them in order
+                    [sys.executable, "-m", *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    preexec_fn=in_child,
+                    env=environment,
+                )
+            )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _toml(value: object) -> str:
@@ -147,7 +161,8 @@ class LocalFleet:
             )
         spec = self.run_dir / "simulation.json"
         spec.write_text(json.dumps({"boards": boards}))
-        self.simulator = _child(["firmware_sim.run", "--spec", str(spec)], self.run_dir / "simulation.log")
+        log = self.run_dir / "simulation.log"
+        _spawn(["firmware_sim.run", "--spec", str(spec)], log, lambda child: setattr(self, "simulator", child))
         end = time.monotonic() + 10
         while not all(any((self.run_dir / n / "sysroot").rglob("temp")) for n in self._boards):
             if self.simulator.poll() is not None or time.monotonic() > end:
@@ -161,9 +176,8 @@ class LocalFleet:
         # together one after the other on one core, because each is still "hot" there.
         cores = sorted(os.sched_getaffinity(0))
         core = cores[list(self._configs).index(node) % len(cores)]
-        self.agents[node] = _child(
-            ["node_agent.cli", "run", "--config", str(self._configs[node])], home / "agent.log", core
-        )
+        arguments = ["node_agent.cli", "run", "--config", str(self._configs[node])]
+        _spawn(arguments, home / "agent.log", lambda child: self.agents.__setitem__(node, child), core)
         with shard.atomic_file(home / "agent.pid") as file:
             file.write(str(self.agents[node].pid).encode())
 

@@ -5,21 +5,18 @@ Leaves out: the order of the sum (partial.py), frames and sockets (dataplane.py)
 
 from __future__ import annotations
 
-import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import psutil
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # some builds of onnxruntime report their use to the vendor
-import onnxruntime  # noqa: E402
-
-from node_agent import frame, shard, wire  # noqa: E402
-from node_agent.config import STEM_PATTERN  # noqa: E402
-from node_agent.errors import ExpertError, MemoryLimitError, UnknownExpertError  # noqa: E402
-from node_agent.partial import partial_sum  # noqa: E402
+from node_agent import frame, shard, wire
+from node_agent.config import STEM_PATTERN
+from node_agent.errors import ExpertError, MemoryLimitError, UnknownExpertError
+from node_agent.partial import partial_sum
 
 RESIDENT_FACTOR = 1.5  # resident bytes per byte of a loaded shard: weights are packed anew beside the mapped file
 _pool_lock = threading.Lock()

@@ -207,3 +207,14 @@ def test_the_checks_can_fail(tmp_path):
     assert "psutil" in {name.split(".")[0] for name in loaded_by("import psutil")}
     with pytest.raises(AssertionError, match="No module named"):
         loaded_by("import no_such_module_here")
+
+
+@pytest.mark.parametrize("module", ["node_agent.experts", "ground_station.trunk", "quantize.pipeline"])
+def test_onnxruntime_reports_to_nobody(module, tmp_path):
+    """Builds that do leave a `.ses` file in the temporary folder on import; control: without our packages they may."""
+    code = f"import {module}, onnxruntime, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment() | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "1"), done.stderr
+    assert not list(tmp_path.iterdir())

@@ -48,7 +48,10 @@ def test_cut_prefers_paragraph_then_line_then_sentence_then_bytes():
     assert corpus.cut("aaaa bbbb cc\ndddd. eeee", 18) == ("aaaa bbbb cc", "dddd. eeee")
     assert corpus.cut("aaaa bbbb cc. dddd eeee", 18) == ("aaaa bbbb cc.", "dddd eeee")
     assert corpus.cut("abcdefghij", 4) == ("abcd", "efghij")
-    assert corpus.cut("\u00e9\u00e9\u00e9", 3) == ("\u00e9", "\u00e9\u00e9")  # two bytes each: the third byte would halve one
+    assert corpus.cut("\u00e9\u00e9\u00e9", 3) == (
+        "\u00e9",
+        "\u00e9\u00e9",
+    )  # two bytes each: the third byte would halve one
 
 
 def test_pieces_keep_every_word_within_the_limit():
@@ -116,7 +119,9 @@ def test_split_domain_fills_heldout_then_dev(monkeypatch):
 @pytest.fixture
 def two_domains(monkeypatch):
     """Two domains and small limits; the documents of `ink` quote each other and `oak`."""
-    domains = tuple(Domain(name, (Package(name + "-text"),), "public domain", "LICENCE", "public") for name in ("oak", "ink"))
+    domains = tuple(
+        Domain(name, (Package(name + "-text"),), "public domain", "LICENCE", "public") for name in ("oak", "ink")
+    )
     for name, value in {"DOMAINS": domains, "HELDOUT_BYTES": 6000, "DEV_BYTES": 2500}.items():
         monkeypatch.setattr(corpus, name, value)
     # The split goes by hash: a first word is sought that puts this long document at the head of its domain.
@@ -145,7 +150,11 @@ def test_split_keeps_heldout_text_out_of_training(two_domains, tmp_path):
     write_documents(tmp_path, two_domains)
     corpus.split(tmp_path)
     parts = {
-        part: {name: text for domain in ("oak", "ink") for name, text in corpus.read_jsonl(tmp_path / part / f"{domain}.jsonl")}
+        part: {
+            name: text
+            for domain in ("oak", "ink")
+            for name, text in corpus.read_jsonl(tmp_path / part / f"{domain}.jsonl")
+        }
         for part in ("train", "dev", "heldout")
     }
     origin = {name.partition("#")[0] for name in parts["train"]}

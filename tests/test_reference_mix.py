@@ -54,7 +54,12 @@ def test_domain_weights_respect_the_cap_at_any_size():
 @pytest.fixture
 def tokens(tmp_path):
     """Streams that count upwards, so that a window says where it stood; dev and held-out ones must not be read."""
-    for name, (start, stop) in {"oak": (0, 700), "ink": (1000, 1333), "dev-oak": (5000, 6000), "heldout-ink": (7000, 8000)}.items():
+    for name, (start, stop) in {
+        "oak": (0, 700),
+        "ink": (1000, 1333),
+        "dev-oak": (5000, 6000),
+        "heldout-ink": (7000, 8000),
+    }.items():
         np.save(tmp_path / f"{name}.npy", np.arange(start, stop, dtype=np.uint16))
     return tmp_path
 
@@ -96,7 +101,9 @@ def test_mix_goes_on_from_its_counters_and_follows_the_seed(tokens):
     resumed.counters = json.loads(json.dumps(begun.counters))
     assert all((resumed.batch(step, 4) == batches[step]).all() for step in range(31, 60))
     fresh = TokenMix(tokens, recipe(), CONTEXT)
-    assert any((fresh.batch(step, 4) != batches[step]).any() for step in range(31, 60))  # without the counters it would not
+    assert any(
+        (fresh.batch(step, 4) != batches[step]).any() for step in range(31, 60)
+    )  # without the counters it would not
     other = TokenMix(tokens, recipe(seed=2), CONTEXT)
     assert any((other.batch(step, 4) != batches[step]).any() for step in range(3))
 
@@ -131,7 +138,16 @@ def test_orthogonalise_against_svd():
 # --- the optimiser on a small model ----------------------------------------------------------------------------------
 
 CONFIG = ModelConfig(
-    vocab=40, hidden=32, layers=2, heads=4, kv_heads=2, head_dim=16, experts=4, experts_per_token=2, intermediate=24, context=128
+    vocab=40,
+    hidden=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    experts=4,
+    experts_per_token=2,
+    intermediate=24,
+    context=128,
 )
 STEPS = 3
 
@@ -183,7 +199,11 @@ def test_adamw_part_against_torch(kind, world, scale):
     rows = gradients(model, scale)
     norms = run(model, settings, rows, world, 0.5)
     theirs = torch.optim.AdamW(
-        copies.values(), lr=settings.other_rate * 0.5, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05 if kind == "adamw" else 0
+        copies.values(),
+        lr=settings.other_rate * 0.5,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        weight_decay=0.05 if kind == "adamw" else 0,
     )
     for row, norm in zip(rows, norms):
         for slot in model.slots:

@@ -21,7 +21,16 @@ from quantize.reference.export import evaluate_bits_per_byte, hugging_face_confi
 from quantize.reference.model import ModelConfig, ReferenceModel, flat_size, layout  # noqa: E402
 
 MOE = ModelConfig(
-    vocab=96, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, experts=4, experts_per_token=2, intermediate=32, context=256
+    vocab=96,
+    hidden=64,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    experts=4,
+    experts_per_token=2,
+    intermediate=32,
+    context=256,
 )
 BALANCE, Z = 0.5, 0.05  # large, so that the router's gradient depends on them
 
@@ -61,7 +70,9 @@ def text(config: ModelConfig, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor
 
 def their_nll(theirs, ids, target) -> torch.Tensor:
     logits = theirs(input_ids=ids, use_cache=False).logits
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.reshape(-1), reduction="none").view(target.shape)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.reshape(-1), reduction="none").view(
+        target.shape
+    )
 
 
 @pytest.fixture(scope="module", params=["moe", "dense"])
@@ -176,7 +187,9 @@ def test_gradients_equal_autograd(model):
     model.backward(ids, target, BALANCE, Z, first=False)
     for name in expected:  # the second micro-batch is added
         slot = next(s for s in model.slots if s.name == name)
-        torch.testing.assert_close(model.gradient_view(name), 2 * once[slot.start : slot.start + slot.size].view(slot.shape))
+        torch.testing.assert_close(
+            model.gradient_view(name), 2 * once[slot.start : slot.start + slot.size].view(slot.shape)
+        )
 
     other = their_gradients(theirs, model.config, *text(model.config, 1), BALANCE, Z)
     assert min(distance(model.gradient_view(name) / 2, other[name]) for name in other) > 0.2

@@ -43,7 +43,10 @@ def run(work: Path, name: str, *arguments: str) -> list[dict]:
 
 
 def schedule(work: Path, name: str) -> list[list[float]]:
-    return [[float(cell) for cell in line.split(",")] for line in (work / "runs" / name / "schedule.csv").read_text().split()]
+    return [
+        [float(cell) for cell in line.split(",")]
+        for line in (work / "runs" / name / "schedule.csv").read_text().split()
+    ]
 
 
 def saved(work: Path, name: str, file: str = "state.pt") -> dict:
@@ -164,7 +167,9 @@ def test_terminated_run_saves_and_can_be_resumed(work):
     state = saved(work, "cut")
     assert last["stopped"] == state["phase"] == "stable"
     assert state["step"] == last["step"] == len(schedule(work, "cut")) >= 1
-    log = run(work, "cut", *COMMON, "--resume", "--until-tokens", str((state["step"] + 1) * STEP_TOKENS), "--processes", "1")
+    log = run(
+        work, "cut", *COMMON, "--resume", "--until-tokens", str((state["step"] + 1) * STEP_TOKENS), "--processes", "1"
+    )
     assert log[0]["step"] == state["step"] and log[-1]["step"] == state["step"] + 1
 
 
