@@ -25,7 +25,7 @@ from ground_station.local_fleet import LocalFleet
 from ground_station.placement import round_robin
 from ground_station.remote import RemoteExperts
 from ground_station.trunk import Trunk
-from node_agent import shard
+from node_agent import compress, shard
 
 PROMPT_TOKENS = 16
 
@@ -95,6 +95,10 @@ def decode(
     """
     from tqdm import tqdm
 
+    if codec not in compress.CODECS:
+        raise ValueError(f"codec {codec!r} is unknown: use one of {', '.join(compress.CODECS)}")
+    if tokens < 2:
+        raise ValueError("a round needs at least 2 tokens: the first one belongs to the prefill")
     manifest = shard.read_manifest(bundle)
     dims = manifest.dims
     rule = selection.make(policy, manifest.routing, dims.top_k, dims.experts)

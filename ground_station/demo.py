@@ -74,6 +74,8 @@ def run(options: Options, show: Show) -> dict:
     """
     if options.codec not in compress.CODECS:
         raise ValueError(f"codec {options.codec!r} is unknown: use one of {', '.join(compress.CODECS)}")
+    if not 0 < options.temp_limit_c < 1000:
+        raise ValueError(f"temperature limit {options.temp_limit_c} °C is not between 0 and 1000")
     manifest = shard.read_manifest(options.bundle)
     text = Text(options.bundle, manifest)
     prompt_ids = ([manifest.bos_id] if manifest.bos_id is not None else []) + text.encode(options.prompt)
@@ -131,6 +133,9 @@ def run(options: Options, show: Show) -> dict:
             again = selection.Replay(recorder.choices) if options.policy == "budgeted" else _policy(options, manifest)
             parity = _parity(options, manifest, table, trunk, again, prompt_ids, costs, logits)
         states = control.snapshot()
+        if not fleet.simulating:  # the sensor files stand still: what agents read there is not true any more
+            states, before = {}, dict.fromkeys(names)
+            show("the board simulator has ended: temperatures, power and joules are unknown\n")
         return _ledger(options, text, costs, before, after, remote, table, states, parity, broker.kind)
 
 

@@ -196,6 +196,11 @@ class LocalFleet:
                     f"{', '.join(sorted(missing))} did not join within {timeout_s:.0f} s: see {self.run_dir}"
                 )
 
+    @property
+    def simulating(self) -> bool:
+        """Whether the simulator of the boards is running."""
+        return self.simulator is not None and self.simulator.poll() is None
+
     def check(self) -> None:
         """Raises: FleetError when an agent has ended by itself."""
         for node, process in self.agents.items():

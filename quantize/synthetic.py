@@ -6,14 +6,16 @@ Leaves out: a tokenizer (callers feed token ids) and calibration (weights are ro
 
 from __future__ import annotations
 
+import shutil
 import zlib
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
-from node_agent.shard import FileEntry, Manifest, Segment, ShardEntry, write_manifest
+from node_agent.shard import Dims, FileEntry, Manifest, Segment, ShardEntry, write_manifest
 from quantize import trunk_graph
 from quantize.families import architecture
 from quantize.nbits import round_to_nearest
@@ -64,6 +66,19 @@ def _config(hidden: int, intermediate: int, layers: int, experts: int, top_k: in
     }
 
 
+def _refuse_what_does_not_fit(out: Path, dims: Dims, precision: tuple[str, ...]) -> None:
+    """Raises: RecipeError when the experts alone, or one matrix in memory, are beyond this machine."""
+    parent = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
+    bits = sum(32 if name == "fp32" else BLOCKS[name][0] for name in precision)
+    one = 3 * dims.hidden * dims.intermediate
+    need, free = dims.layers * dims.experts * one * bits // 8, shutil.disk_usage(parent).free
+    if need > free or 16 * max(one, dims.vocab * dims.hidden) > psutil.virtual_memory().available:
+        raise RecipeError(
+            f"the experts of this shape need {need / 1e9:.1f} GB and {parent} has {free / 1e9:.1f} GB free (or one matrix does "
+            f"not fit into memory): give smaller sizes"
+        )
+
+
 def synthetic(
     out: Path,
     hidden: int,
@@ -94,6 +109,7 @@ def synthetic(
         raise RecipeError(f"{out} exists and is not empty: give another folder")
     sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "vocab": vocab, "max_context": max_context}
     arch = architecture(_config(hidden, intermediate, layers, experts, top_k, **sizes), max_context)
+    _refuse_what_does_not_fit(out, arch.dims, precision)
     weights = Weights(GaussianTensors(seed), arch)  # type: ignore[arg-type]
     shared: dict[str, FileEntry] = {}
     segments: list[Segment] = []

@@ -73,3 +73,9 @@ def test_rows_of_different_length_decode_together_as_alone(tmp_path):
     np.testing.assert_array_equal(run([0, 1]), together)
     caches["past_key_0"][0, :, 1] += 1.0  # within it: must
     assert np.abs(run([0, 1])[0] - together[0]).max() > 1e-6
+
+
+def test_a_shape_beyond_this_machine_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(RecipeError, match="smaller sizes"):
+        synthetic(tmp_path / "b", 16_000, 16_000, 99, 1_000, 2)
+    assert not (tmp_path / "b").exists()
