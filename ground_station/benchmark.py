@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ground_station import routing, selection
+from ground_station import selection
 from ground_station.broker import Broker
 from ground_station.decode import Decoder, TokenCost
 from ground_station.dispatch import Table
@@ -25,7 +25,7 @@ from ground_station.local_fleet import LocalFleet
 from ground_station.placement import round_robin
 from ground_station.remote import RemoteExperts
 from ground_station.trunk import Trunk
-from node_agent import compress, shard
+from node_agent import compress, routing, shard
 
 PROMPT_TOKENS = 16
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ground_station.routing import softmax
+from node_agent.routing import softmax
 
 
 @dataclass(frozen=True)

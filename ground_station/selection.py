@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ground_station import routing
+from node_agent import routing
 from node_agent.shard import Routing
 
 

@@ -1,7 +1,7 @@
 """What runs on a board: expert shards behind a data plane, telemetry in front of a control plane.
 
 Imports nothing by itself, so that a board starts fast. Contract modules that other rooms may import:
-`wire`, `frame`, `compress`, `shard` (standard library and numpy only).
+`wire`, `frame`, `compress`, `partial`, `routing`, `shard` (standard library and numpy only).
 """
 
 import os

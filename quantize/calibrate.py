@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from node_agent.shard import Dims, Routing, Segment
+from node_agent.shard import Dims, Segment
 
 SEQUENCE_TOKENS = 512
 HOLD_EVERY = 8  # sequences; the last of each group is held back
@@ -63,20 +63,6 @@ def token_sequences(
     if len(ids) < HOLD_EVERY * length:  # a short text still gives sequences to hold back
         length = max(1, len(ids) // HOLD_EVERY)
     return [np.array(prefix + ids[i : i + length], np.int64) for i in range(0, len(ids), length)]
-
-
-def gates_of(logits: np.ndarray, routing: Routing, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    """(experts int64 [N, K], gates float32 [N, K]) from router logits float32 [N, E]."""
-
-    def softmax(x: np.ndarray) -> np.ndarray:
-        e = np.exp(x - x.max(-1, keepdims=True))
-        return e / e.sum(-1, keepdims=True)
-
-    experts = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k]
-    if routing.kind == "topk_softmax":
-        return experts, softmax(np.take_along_axis(logits, experts, -1))
-    gates = np.take_along_axis(softmax(logits), experts, -1)
-    return experts, gates / gates.sum(-1, keepdims=True) if routing.renormalise else gates
 
 
 def swiglu(x: np.ndarray, gate_up: np.ndarray) -> np.ndarray:

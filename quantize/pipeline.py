@@ -19,6 +19,7 @@ import numpy as np
 import onnxruntime
 from tqdm import tqdm
 
+from node_agent import routing
 from node_agent.shard import (
     MANIFEST,
     Manifest,
@@ -265,7 +266,8 @@ class _Run:
         logits = calibrate.run_segment(root, segment, dims, sequences, before, after)
         if root is self.work:
             shutil.rmtree(root / trunk_graph.FOLDER, ignore_errors=True)
-        experts, gates = calibrate.gates_of(logits, self.arch.routing, dims.top_k)
+        experts = routing.largest(logits, dims.top_k)
+        gates = routing.gates_of(logits, experts, self.arch.routing)
         return calibrate.LayerRun(after, experts, gates, calibrate.held_tokens(sequences), dims.experts)
 
     def _finish(self, position: int, run: calibrate.LayerRun) -> None:

@@ -24,6 +24,8 @@ CONTRACT = (
     "node_agent.frame",
     "node_agent.compress",
     "node_agent.shard",
+    # What the model's own routing is: the ground station, calibration and later a gateway board need the same.
+    "node_agent.routing",
     # The order of the partial sum is what a node and the single-process reference must agree on, bit by bit.
     "node_agent.partial",
 )

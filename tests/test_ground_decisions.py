@@ -8,10 +8,10 @@ from functools import partial
 import numpy as np
 import pytest
 
-from ground_station import placement, routing, sampling, selection
+from ground_station import placement, sampling, selection
 from ground_station.dispatch import Table, add_partial, assign, split
 from ground_station.placement import Holding
-from node_agent import frame
+from node_agent import frame, routing
 from node_agent.shard import Dims, FileEntry, Manifest, Routing, ShardEntry
 
 SOFTMAX_RENORMALISED = Routing("softmax_topk", True)

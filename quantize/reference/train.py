@@ -81,7 +81,7 @@ def multiplier(
         falls.append((now_s - decay_from_s) / plan.decay_s)
     if plan.until_tokens is not None:
         length = plan.decay_share * plan.until_tokens
-        falls.append((tokens - (plan.until_tokens - length)) / length)
+        falls.append(1 + (tokens - plan.until_tokens) / length)  # exactly 1 at the end: rounding would add a step
     if decay_from_s is None and plan.deadline_s is not None:
         falls.append((now_s - (plan.deadline_s - plan.decay_s)) / plan.decay_s)
     progress = max(falls, default=-1.0)
@@ -291,6 +291,9 @@ def _read_schedule(path: Path) -> list[float]:
 def train(args) -> None:
     """One run, or one more stretch of it."""
     begin = time.monotonic()
+    # Before anything is deleted or forked: a child waits 15 minutes at the barrier for a leader that gave up.
+    if args.minutes is None and args.until_tokens is None and not args.follow:
+        raise SystemExit("train: give --minutes, --until-tokens or --follow, else the run would never end")
     torch.set_num_threads(1)
     folder = Path(args.work) / "runs" / args.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -350,8 +353,6 @@ def train(args) -> None:
     deadline = None
     if args.minutes is not None:
         deadline = begin + args.minutes * 60 - args.reserve_seconds
-    if deadline is None and args.until_tokens is None and replay is None:
-        raise SystemExit("train: give --minutes, --until-tokens or --follow, else the run would never end")
     run.lead(Plan(args.decay_minutes * 60, deadline, args.until_tokens), replay)
     for child in children:
         child.join(60)

@@ -1,4 +1,4 @@
-"""From router logits to experts and gates, exactly as the model defines it: pure numpy.
+"""Routing contract: from router logits to experts and gates, exactly as the model defines it. Pure numpy.
 
 Shape letters as in ALGORITHMS: T tokens, E experts of a layer, K experts per token.
 """
