@@ -7,8 +7,9 @@
 PYTHON ?= python3
 DEMO_EXTRAS ?= ground,sim
 TEST_EXTRAS ?= ground,quantize,sim,hardware,reference,dev
-# a little chance makes the text livelier than greedy decoding; the seed keeps it the same every time
-DEMO_ARGS ?= --temperature 0.7 --top-p 0.9 --seed 0
+# A little chance makes the text livelier than greedy decoding; the seed keeps it the same every time. DEMO_ARGS comes after.
+DEMO_SAMPLING ?= --temperature 0.7 --top-p 0.9 --seed 0
+DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
 VENV := .venv
@@ -23,8 +24,8 @@ TEST_STAMP := $(VENV)/.stamp-test-$(KEY)
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_STAMP)
-	@echo "== spacemoe demo $(DEMO_ARGS)"
-	@$(BIN)/spacemoe demo $(DEMO_ARGS)
+	@echo "== spacemoe demo $(DEMO_SAMPLING) $(DEMO_ARGS)"
+	@$(BIN)/spacemoe demo $(DEMO_SAMPLING) $(DEMO_ARGS)
 
 test: debian-packages $(TEST_STAMP)
 	@echo "== ruff check"

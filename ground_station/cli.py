@@ -32,17 +32,36 @@ def _bundle(args: argparse.Namespace) -> Path:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return number
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if len(parts) != 5:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HIDDEN,INTERMEDIATE,LAYERS,EXPERTS,TOPK")
+    return tuple(_positive(part) for part in parts)
+
+
+CODECS = (
+    "fp32",
+    "fp16",
+    "q8",
+    "q4",
+)  # of node_agent.compress, POLICIES of selection: named here so that --help stays fast
+POLICIES = ("topk", "random", "budgeted")
 
 
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         prog="spacemoe",
         description="Mixture-of-experts language models spread over small boards that stand in for satellites.",
-        epilog="exit codes: 0 done, 1 failed, 2 wrong usage, 3 a check did not hold, 130 interrupted",
+        epilog="exit codes: 0 done, 1 failed, 2 wrong usage, 3 a check did not hold, 130 interrupted, 143 terminated",
     )
     root.add_argument("--version", action="store_true", help="print the version and exit")
     commands = root.add_subparsers(dest="command", metavar="COMMAND")
@@ -61,9 +80,11 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--precision", default="int8", help="precision of the primary shards (default: %(default)s)")
     demo.add_argument("--replica", default="int4", help="precision of the replicas, or 'none' (default: %(default)s)")
     demo.add_argument(
-        "--codec", default="q8", help="hidden states on the wire: fp32, fp16, q8, q4 (default: %(default)s)"
+        "--codec", choices=CODECS, default="q8", help="of hidden states on the wire (default: %(default)s)"
     )
-    demo.add_argument("--policy", default="topk", help="topk, random or budgeted (default: %(default)s)")
+    demo.add_argument(
+        "--policy", choices=POLICIES, default="topk", help="which experts a token uses (default: %(default)s)"
+    )
     demo.add_argument(
         "--temp-limit",
         type=float,
@@ -110,13 +131,14 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--synthetic",
         nargs="?",
-        const="1024,1408,4,16,4",
+        type=_shape,
+        const=(1024, 1408, 4, 16, 4),
         metavar="HIDDEN,INTERMEDIATE,LAYERS,EXPERTS,TOPK",
-        help="a random-weight Qwen3-MoE of this shape (default shape: %(const)s)",
+        help="a random-weight Qwen3-MoE of this shape (default shape: 1024,1408,4,16,4)",
     )
     decode.add_argument("--precision", default="int8", help="precision of the experts (default: %(default)s)")
     decode.add_argument("--trunk-precision", default="fp32", help="of a synthetic bundle: fp32, int8 or int4")
-    decode.add_argument("--codec", default="fp16", help="fp32, fp16, q8, q4 (default: %(default)s)")
+    decode.add_argument("--codec", choices=CODECS, default="fp16", help="on the wire (default: %(default)s)")
     decode.add_argument("--nodes", type=_positive, default=4)
     decode.add_argument(
         "--copies", type=_positive, default=2, help="nodes that hold each expert (default: %(default)s)"
@@ -276,12 +298,7 @@ def _benchmark_decode(args: argparse.Namespace) -> int:
         if args.synthetic:
             from quantize.synthetic import synthetic
 
-            try:
-                hidden, intermediate, layers, experts, top_k = (int(part) for part in args.synthetic.split(","))
-            except ValueError:
-                raise ValueError(
-                    f"--synthetic {args.synthetic!r}: give HIDDEN,INTERMEDIATE,LAYERS,EXPERTS,TOPK"
-                ) from None
+            hidden, intermediate, layers, experts, top_k = args.synthetic
             bundle = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="spacemoe-synthetic-")))
             synthetic(
                 bundle,
@@ -315,7 +332,11 @@ def _benchmark_decode(args: argparse.Namespace) -> int:
     print(
         f"ratio distributed / single {result['ratio']:.3f} (min {spread['min']:.3f}, max {spread['max']:.3f}, n {result['n']})"
     )
-    print(f"control single / bare      {result['control']:.3f}")
+    print(f"control: one process / bare onnxruntime loop {result['control']:.3f}")
+    if spread["max"] > 1.3 * spread["min"]:
+        print(
+            "unsteady: the rounds differ by more than 30 %, the machine was busy; close other programs and measure again"
+        )
     print(f"overhead {result['overhead_ms_per_layer']:.3f} ms per layer; breakdown of a distributed token in ms:")
     print("  " + ", ".join(f"{name} {value:.2f}" for name, value in result["breakdown_ms"].items()))
     return EXIT_OK
@@ -374,10 +395,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"spacemoe: {text}: free memory or take a smaller model or context", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
-        print("interrupted: everything that was started has been stopped", file=sys.stderr)
+        print("\ninterrupted: everything that was started has been stopped", file=sys.stderr)
         return EXIT_INTERRUPTED
     except ModuleNotFoundError as error:
-        print(f"spacemoe: {error.name} is not installed: pip install 'spacemoe-kit[all]'", file=sys.stderr)
+        print(
+            f"spacemoe: {error.name} is not installed: in a clone: pip install -c constraints.txt -e '.[all]'",
+            file=sys.stderr,
+        )
         return EXIT_FAILED
     except (ValueError, RuntimeError, OSError) as error:
         # RuntimeError's and OSError's own text can span lines; users get one

@@ -67,6 +67,31 @@ def show(text: str) -> None:
     print(text, end="", flush=True)
 
 
+class Wrapped:
+    """Shows a stream of pieces in lines of at most 79 columns, broken at spaces."""
+
+    def __init__(self, show: Show, width: int = 79):
+        self._show, self._width, self._column, self._word = show, width, 0, ""
+
+    def __call__(self, piece: str) -> None:
+        for character in piece:
+            if character in " \n":
+                self._flush(character)
+            else:
+                self._word += character
+
+    def _flush(self, after: str) -> None:
+        if self._column and self._column + len(self._word) > self._width:
+            self._show("\n")
+            self._column = 0
+        self._show(self._word + after)
+        self._column = 0 if after == "\n" else self._column + len(self._word) + len(after)
+        self._word = ""
+
+    def end(self) -> None:
+        self._flush("")
+
+
 def run(options: Options, show: Show) -> dict:
     """Runs the demo and returns its ledger (see `report`). Stops everything it started, however it ends.
 
@@ -193,7 +218,8 @@ def _stream(
     show: Show,
     between_tokens: Callable[[], None],
 ) -> tuple[list[TokenCost], list[np.ndarray]]:
-    show(options.prompt)
+    wrapped = Wrapped(show)
+    wrapped(options.prompt)
     stream = text.stream()
     costs: list[TokenCost] = []
     logits: list[np.ndarray] = []
@@ -201,7 +227,8 @@ def _stream(
     for cost in decoder.generate(prompt_ids, options.tokens, options.sampling, keep_logits=logits, ignore_eos=True):
         between_tokens()
         costs.append(cost)
-        show(stream.push(cost.token_id))
+        wrapped(stream.push(cost.token_id))
+    wrapped.end()
     return costs, logits
 
 
@@ -316,7 +343,8 @@ def report(result: dict) -> str:
         lines.append(f"{node['id']:16}{node['served']:>8}{cells[0]:>9}{cells[1]:>9}{cells[2]:>8}  {node['provenance']}")
     ladder = result["ladder"]
     lines.append(
-        "ladder: " + (", ".join(f"{rung} {count}" for rung, count in ladder.items()) if ladder else "not used")
+        "ladder: "
+        + (", ".join(f"{rung} {count}" for rung, count in ladder.items()) if ladder else "no fallback was needed")
     )
     parity = result["parity"]
     if parity is not None:

@@ -25,6 +25,7 @@ from node_agent.errors import DataPlaneError
 log = logging.getLogger("node_agent")
 
 DISTRIBUTION = "spacemoe-kit"
+GROUND_PATIENCE_S = 5.0
 SWITCH_INTERVAL_S = (
     0.0005  # a request waits so long at most for the interpreter while telemetry is made; 5 ms is the default
 )
@@ -87,6 +88,7 @@ class Agent:
             self._event("info", "started", text)
             self.samples(time.time())  # percentages and means are since the last reading: this is the first
             period_s = self.config.telemetry.period_s
+            ground_said = ""
             due_s = time.monotonic() + period_s
             while not self._stop.wait(max(0.0, due_s - time.monotonic())):
                 if not self._link.alive:
@@ -94,8 +96,21 @@ class Agent:
                         f"the data plane ended ({self._link.failed!r}): start the agent again"
                     ) from None
                 self._publish()
+                ground_said = self._say_ground(ground_said)
                 due_s = max(due_s + period_s, time.monotonic())  # after a delay: go on, without a burst
         log.info("stopped %s", self.config.node.id)
+
+    def _say_ground(self, said: str) -> str:
+        """Logs once that the ground station is there, or that it is not there yet; returns what has been said."""
+        endpoint = self.config.link.endpoint
+        if self._link.service.welcomed:
+            if said != "there":
+                log.info("the ground station at %s is there", endpoint)
+            return "there"
+        if not said and time.monotonic() - self._started_s > GROUND_PATIENCE_S:
+            log.warning("no ground station answers at %s yet: waiting for it", endpoint)
+            return "waiting"
+        return said
 
     def _publish(self) -> None:
         """Telemetry now: from the loop each period, and from paho's thread for the command `sample`."""

@@ -27,7 +27,12 @@ class _Version(argparse.Action):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="node-agent", description="Serves expert shards and telemetry from a board.")
+    parser = argparse.ArgumentParser(
+        prog="node-agent",
+        description="Serves expert shards and telemetry from a board.",
+        epilog="exit codes: 0 done or stopped, 1 a self-test check failed, 2 wrong usage or configuration, 3 a bundle cannot be "
+        "used, 4 anything else on this machine",
+    )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="serve until stopped")

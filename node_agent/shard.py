@@ -211,7 +211,8 @@ def verify_file(root: Path, entry: FileEntry) -> Path:
     except OSError:
         raise BundleError(f"{path} is missing: write or copy the bundle again") from None
     if size != entry.bytes:
-        raise BundleError(f"{path} has {size} bytes, the manifest says {entry.bytes}: it is cut short; copy it again")
+        what = "it is cut short" if size < entry.bytes else "it is not the file that was listed"
+        raise BundleError(f"{path} has {size} bytes, the manifest says {entry.bytes}: {what}; copy it again")
     if sha256_of(path) != entry.sha256:
         raise BundleError(f"{path} is altered (sha256 differs from the manifest): copy it again")
     return path

@@ -102,7 +102,7 @@ def quantize(
         journal = Journal(out, recipe_hash)
         run = _Run(out, weights, recipe, journal)
         total = len(arch.moe_layers) * arch.dims.experts * len(recipe.precisions)
-        with tqdm(total=total, unit="shard", desc="quantize", disable=not progress) as bar:
+        with tqdm(total=total, unit="shard", desc="quantize", disable=None if progress else True) as bar:
             segments, shards = run.all_layers(model_dir, text, bar)
         files = extra_files(model_dir, out, recipe)
         manifest = describe(model_dir, arch, recipe, recipe_hash, fingerprint, segments, shards, files, name)

@@ -12,7 +12,11 @@ import time
 import psutil
 import pytest
 
+from ground_station import cli
 from ground_station.cli import reference_bundle
+from ground_station.demo import Wrapped
+from ground_station.selection import POLICIES
+from node_agent.compress import CODECS
 
 pytestmark = pytest.mark.broker
 DEMO = [sys.executable, "-m", "ground_station.cli", "demo", "--prompt", "In the beginning", "--seed", "0"]
@@ -89,6 +93,20 @@ def test_nothing_is_left_behind_however_it_ends(how, tmp_path):
     assert not alive
     if how != signal.SIGKILL:
         assert not list(tmp_path.glob("spacemoe-demo-*"))
+
+
+def test_text_is_wrapped_at_spaces_and_nothing_is_lost():
+    shown: list[str] = []
+    wrapped = Wrapped(shown.append, width=10)
+    for piece in ("one two", " three fo", "ur\n  five sixteenletters", " end"):
+        wrapped(piece)
+    wrapped.end()
+    lines = "".join(shown).split("\n")
+    assert [line.rstrip() for line in lines] == ["one two", "three four", "  five", "sixteenletters", "end"]
+
+
+def test_the_choices_of_the_command_line_are_those_of_the_libraries():
+    assert cli.CODECS == tuple(CODECS) and cli.POLICIES == POLICIES
 
 
 def test_a_clone_has_its_reference_bundle():
