@@ -1,7 +1,7 @@
 """Writes the reference model's card from recorded figures, so that no number in it is typed by hand.
 
     python -m quantize.reference.card --collect --work DIR      # copies the run's records into figures/
-    python -m quantize.reference.card                           # writes checkpoint/README.md from figures/
+    python -m quantize.reference.card                           # writes checkpoint/README.md (and the bundle's copy) from figures/
 
 figures/: sources.json (corpus), curve.json and training.json (training run), baselines.json (compressors), evaluation.json
 (`spacemoe evaluate --json` on a bundle with fp32 shards), control_curve.json (the dense control's run) and control.json (its
@@ -12,13 +12,15 @@ Leaves out: measuring anything.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
+from node_agent import shard
 from node_agent.shard import atomic_file
 
 HERE = Path(__file__).resolve().parent
-FIGURES, CHECKPOINT = HERE / "figures", HERE / "checkpoint"
+FIGURES, CHECKPOINT, BUNDLE = HERE / "figures", HERE / "checkpoint", HERE / "bundle"
 CURVE_POINTS = 40
 MODEL_RUN = "moe"
 
@@ -239,6 +241,14 @@ def render() -> str:
     return "\n".join(parts)
 
 
+def _refresh_bundle(card: str) -> None:
+    """The bundle carries the card too: its copy and the manifest's entry follow."""
+    manifest = shard.read_manifest(BUNDLE)
+    entry = shard.write_file(BUNDLE, "README.md", card.encode())
+    files = tuple(entry if item.path == entry.path else item for item in manifest.files)
+    shard.write_manifest(BUNDLE, dataclasses.replace(manifest, files=files))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--collect", action="store_true", help="copy the records of a run into figures/ and stop")
@@ -250,7 +260,10 @@ def main() -> None:
             parser.error("--collect needs --work DIR")
         collect(args.work, args.name)
     else:
-        _write(CHECKPOINT / "README.md", render())
+        card = render()
+        _write(CHECKPOINT / "README.md", card)
+        if BUNDLE.is_dir():
+            _refresh_bundle(card)
 
 
 if __name__ == "__main__":

@@ -345,17 +345,22 @@ def train(args) -> None:
     ]
     for child in children:
         child.start()
-    run = Run(args, config, recipe, shared, 0, world)
-    if saved:
-        run.restore(saved)
-    weights = {n: round(float(w), 4) for n, w in zip(run.mix.names, run.mix.weights, strict=True)}
-    run.log(start=True, step=run.step, recipe=dataclasses.asdict(recipe), weights=weights, torch=torch.__version__)
-    deadline = None
-    if args.minutes is not None:
-        deadline = begin + args.minutes * 60 - args.reserve_seconds
-    run.lead(Plan(args.decay_minutes * 60, deadline, args.until_tokens), replay)
-    for child in children:
-        child.join(60)
+    try:
+        run = Run(args, config, recipe, shared, 0, world)
+        if saved:
+            run.restore(saved)
+        weights = {n: round(float(w), 4) for n, w in zip(run.mix.names, run.mix.weights, strict=True)}
+        run.log(start=True, step=run.step, recipe=dataclasses.asdict(recipe), weights=weights, torch=torch.__version__)
+        deadline = None
+        if args.minutes is not None:
+            deadline = begin + args.minutes * 60 - args.reserve_seconds
+        run.lead(Plan(args.decay_minutes * 60, deadline, args.until_tokens), replay)
+        for child in children:
+            child.join(60)
+    except BaseException:  # children ignore SIGTERM and would wait for their leader
+        for child in children:
+            child.kill()
+        raise
 
 
 def main() -> None:
