@@ -23,9 +23,11 @@ from node_agent.counters import Counters
 from node_agent.errors import ConfigError, UnknownExpertError
 from node_agent.experts import Experts
 from node_agent.shard import atomic_file
+from node_agent.zmtp import ZmtpDealer
 
 HELLO_PERIOD_S = 1.0
 HELLO_RETRY_S = 0.1  # while there is no connection
+MAX_RETRY_S = 1.0
 WAIT_MS = 100  # longest sleep in recv: how soon a stop is seen
 QUEUE_FRAMES = 16  # high-water mark of each direction
 MAX_DRAINED = 64  # frames held back while one is computed
@@ -162,22 +164,24 @@ def own_key(path: Path) -> tuple[bytes, bytes]:
     return zmq.curve_public(secret.encode()), secret.encode()
 
 
-class _Dialling:
-    """Watches a socket's connection. libzmq never dials again after a protocol error such as a frame over MAXMSGSIZE
-    (session_base.cpp, engine_error: only timeouts and lost connections are retried), so a node would stay away for good."""
+class _LibzmqDealer:
+    """The encrypted link, by libzmq. Also watches the connection: libzmq never dials again after a protocol error such as a
+    frame over MAXMSGSIZE (session_base.cpp, engine_error: only timeouts and lost connections are retried), so a node would
+    stay away for good."""
 
     def __init__(self, socket: zmq.Socket):
         self._socket = socket
         self._monitor = socket.get_monitor_socket()
         self._connected, self._last_event_s = False, time.monotonic()
 
-    def __enter__(self) -> _Dialling:
+    def __enter__(self) -> _LibzmqDealer:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._socket.disable_monitor()
+        self._socket.close()
 
-    def dead(self, now_s: float) -> bool:
+    def alive(self, now_s: float) -> bool:
         while self._monitor.poll(0):
             event = recv_monitor_message(self._monitor)["event"]
             self._last_event_s = now_s
@@ -185,7 +189,23 @@ class _Dialling:
                 self._connected = True
             elif event in (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED):
                 self._connected = False
-        return not self._connected and now_s - self._last_event_s > DEAD_S
+        return self._connected or now_s - self._last_event_s <= DEAD_S
+
+    def receive(self, wait_s: float) -> bytes | None:
+        try:
+            return self._socket.recv() if wait_s else self._socket.recv(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+
+    def more(self) -> bool:
+        return bool(self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN)
+
+    def send(self, data: bytes) -> bool:
+        try:
+            self._socket.send(data)
+            return True
+        except zmq.Again:  # the ground station went away meanwhile
+            return False
 
 
 class DataPlane:
@@ -244,54 +264,62 @@ class DataPlane:
         return socket
 
     def _run(self) -> None:
-        context = zmq.Context(io_threads=1)
+        """Makes the link anew whenever it fails; plain links without libzmq's I/O thread (see zmtp)."""
+        plain = self._keys is None and self._link.endpoint.startswith("tcp://")
+        context = None if plain else zmq.Context(io_threads=1)
+        pause_s = HELLO_RETRY_S
         try:
             while not self._stop.is_set():
-                with self._open(context) as socket, _Dialling(socket) as dialling:
-                    self._serve(socket, dialling)
+                try:
+                    with self._dial_plain() if plain else _LibzmqDealer(self._open(context)) as link:
+                        pause_s = HELLO_RETRY_S
+                        self._serve(link)
+                except OSError:
+                    self._stop.wait(pause_s)
+                    pause_s = min(2 * pause_s, MAX_RETRY_S)
         except Exception as error:  # the agent reports it and exits: a node without a data plane is no node
             self.failed = error
         finally:
-            context.destroy(linger=0)
+            if context is not None:
+                context.destroy(linger=0)
 
-    def _serve(self, socket: zmq.Socket, dialling: _Dialling) -> None:
-        """Serves until a stop, or until the socket has to be made anew."""
+    def _dial_plain(self) -> ZmtpDealer:
+        host, _, port = self._link.endpoint.removeprefix("tcp://").rpartition(":")
+        return ZmtpDealer(
+            host.strip("[]"), int(port), self._node.encode(), frame.MAX_FRAME_BYTES, CONNECT_TIMEOUT_MS / 1000
+        )
+
+    def _serve(self, link: ZmtpDealer | _LibzmqDealer) -> None:
+        """Serves until a stop, or until the link has to be made anew.  Raises: OSError when a plain link fails."""
         waiting: deque[tuple[int, bytes]] = deque()
         next_hello_s = 0.0
         while not self._stop.is_set():
             now_s = time.monotonic()
             if now_s >= next_hello_s:
-                if dialling.dead(now_s):
+                if not link.alive(now_s):
                     return
-                next_hello_s = now_s + (HELLO_PERIOD_S if self._send_hello(socket) else HELLO_RETRY_S)
+                next_hello_s = now_s + (HELLO_PERIOD_S if link.send(self.service.hello) else HELLO_RETRY_S)
             if not waiting:
-                try:
-                    data = socket.recv()
-                except zmq.Again:
+                data = link.receive(WAIT_MS / 1000)
+                if data is None:
                     continue
                 waiting.append((time.perf_counter_ns(), data))
-            self._drain(socket, waiting)
+            self._drain(link, waiting)
             received_ns, data = waiting.popleft()
             reply = self.service.answer(data, received_ns)
             if reply is not None:
-                try:
-                    socket.send(reply)
+                if link.send(reply):
                     self._counters.bytes_out += len(reply)
-                except zmq.Again:  # the ground station went away meanwhile
+                else:
                     Counters.count(self._counters.link_errors, "unsent")
 
     @staticmethod
-    def _drain(socket: zmq.Socket, waiting: deque[tuple[int, bytes]]) -> None:
+    def _drain(link: ZmtpDealer | _LibzmqDealer, waiting: deque[tuple[int, bytes]]) -> None:
         """Takes in what has arrived already, so that its budget counts from now and not from when its turn comes."""
         held = sum(len(data) for _, data in waiting)
-        while len(waiting) < MAX_DRAINED and held < MAX_DRAINED_BYTES and socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
-            data = socket.recv(zmq.NOBLOCK)
+        while len(waiting) < MAX_DRAINED and held < MAX_DRAINED_BYTES and link.more():
+            data = link.receive(0)
+            if data is None:
+                return
             held += len(data)
             waiting.append((time.perf_counter_ns(), data))
-
-    def _send_hello(self, socket: zmq.Socket) -> bool:
-        try:
-            socket.send(self.service.hello, zmq.NOBLOCK)
-            return True
-        except zmq.Again:
-            return False
