@@ -78,7 +78,7 @@ def _spread(values: list[float]) -> dict:
 def decode(
     bundle: Path,
     precision: str,
-    codec: str = "fp16",
+    codec: str = "fp32",
     nodes: int = 4,
     copies: int = 2,
     tokens: int = 32,

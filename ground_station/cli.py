@@ -138,7 +138,9 @@ def parser() -> argparse.ArgumentParser:
     )
     decode.add_argument("--precision", default="int8", help="precision of the experts (default: %(default)s)")
     decode.add_argument("--trunk-precision", default="fp32", help="of a synthetic bundle: fp32, int8 or int4")
-    decode.add_argument("--codec", choices=CODECS, default="fp16", help="on the wire (default: %(default)s)")
+    decode.add_argument(
+        "--codec", choices=CODECS, default="fp32", help="on the wire; on loopback bytes are free (default: %(default)s)"
+    )
     decode.add_argument("--nodes", type=_positive, default=4)
     decode.add_argument(
         "--copies", type=_positive, default=2, help="nodes that hold each expert (default: %(default)s)"

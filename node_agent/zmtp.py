@@ -1,8 +1,9 @@
 """A plain ZMTP 3.0 DEALER that talks to a libzmq ROUTER from the caller's own thread (RFC 23, NULL mechanism).
 
-libzmq hands every message to an I/O thread and back; with several agents on a small machine those two extra wake-ups cost more
-than the arithmetic (measured: four agents on two cores, ratio to one process 0.55-0.64 with libzmq and 0.69-0.73 with this). Only for links without encryption: with CURVE the agent uses libzmq. A link that fails raises and is made anew by the caller.
-Leaves out: other socket types and mechanisms, multipart messages (each part is a message), listening.
+libzmq hands every message to an I/O thread and back; with several agents on a small machine those two extra wake-ups cost
+more than the arithmetic (measured: four agents on two cores, ratio to one process 0.55-0.64 with libzmq, 0.69-0.73 with
+this). Only for links without encryption: with CURVE the agent uses libzmq. A link that fails raises, and the caller makes it
+anew. Leaves out: other socket types and mechanisms, multipart messages (each part is a message), listening.
 """
 
 from __future__ import annotations
