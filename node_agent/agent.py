@@ -160,7 +160,7 @@ class Agent:
         return False, f"command {name[:40]!r} is unknown to this agent: use rebirth, ping, sample or stop"
 
     def _bad_frame(self, kind: str, text: str) -> None:
-        log.warning("first bad frame of kind %s: %s", kind, text)
+        log.warning("first data-plane error of kind %s: %s", kind, text)
         self._event("warning", "bad_frame", f"{kind}: {text}")
 
     def _event(self, severity: str, kind: str, text: str) -> None:

@@ -23,7 +23,7 @@ from node_agent.counters import Counters
 from node_agent.errors import ConfigError, UnknownExpertError
 from node_agent.experts import Experts
 from node_agent.shard import atomic_file
-from node_agent.zmtp import ZmtpDealer
+from node_agent.zmtp import HandshakeError, ZmtpDealer
 
 HELLO_PERIOD_S = 1.0
 HELLO_RETRY_S = 0.1  # while there is no connection
@@ -69,7 +69,7 @@ class Service:
             self.number, self.welcomed = request.destination, True
             return None
         if request.kind == frame.ERROR:  # never answered: two sides must not send errors to and fro
-            self._count("peer", request.text)
+            self.count("peer", request.text)
             return None
         return self._refuse("kind", f"frame kind {request.kind} is not for a node", request.request_id, request.source)
 
@@ -118,12 +118,12 @@ class Service:
         counters.codec_s += codec_ns / 1e9
         return reply
 
-    def _count(self, kind: str, text: str) -> None:
+    def count(self, kind: str, text: str) -> None:
         if Counters.count(self._counters.link_errors, kind):
             self._on_first_error(kind, text[:FIRST_ERROR_CHARS])
 
     def _refuse(self, kind: str, text: str, request_id: int, destination: int = frame.GROUND, layer: int = 0) -> bytes:
-        self._count(kind, text)
+        self.count(kind, text)
         return frame.pack(
             frame.Frame(
                 frame.ERROR,
@@ -274,7 +274,9 @@ class DataPlane:
                     with self._dial_plain() if plain else _LibzmqDealer(self._open(context)) as link:
                         pause_s = HELLO_RETRY_S
                         self._serve(link)
-                except OSError:
+                except OSError as error:
+                    if isinstance(error, HandshakeError):
+                        self.service.count("handshake", f"{self._link.endpoint}: {error}")
                     self._stop.wait(pause_s)
                     pause_s = min(2 * pause_s, MAX_RETRY_S)
         except Exception as error:  # the agent reports it and exits: a node without a data plane is no node

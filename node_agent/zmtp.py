@@ -1,7 +1,7 @@
 """A plain ZMTP 3.0 DEALER that talks to a libzmq ROUTER from the caller's own thread (RFC 23, NULL mechanism).
 
 libzmq hands every message to an I/O thread and back; with several agents on a small machine those two extra wake-ups cost
-more than the arithmetic (measured: four agents on two cores, ratio to one process 0.55-0.64 with libzmq, 0.69-0.73 with
+more than the arithmetic (measured: four agents on two cores, ratio to one process 0.55-0.64 with libzmq, 0.63-0.75 with
 this). Only for links without encryption: with CURVE the agent uses libzmq. A link that fails raises, and the caller makes it
 anew. Leaves out: other socket types and mechanisms, multipart messages (each part is a message), listening.
 """
@@ -22,6 +22,10 @@ _MECHANISM = b"NULL".ljust(20, b"\0")
 
 class ZmtpError(ConnectionError):
     """The other side closed, stalled, or speaks something else."""
+
+
+class HandshakeError(ZmtpError):
+    """Somebody answers, but not a plain ZeroMQ ground station: waiting will not mend that."""
 
 
 def _property(name: bytes, value: bytes) -> bytes:
@@ -67,16 +71,16 @@ class ZmtpDealer:
         try:
             greeting = self._exactly(64)
         except ZmtpError as error:  # libzmq closes without a word when it wants another mechanism
-            raise ZmtpError(f"{error} in the handshake: if it wants encryption, give server_public_key") from None
+            raise HandshakeError(f"{error} in the handshake: if it wants encryption, give server_public_key") from None
         if greeting[0] != 0xFF or greeting[9] != 0x7F or greeting[10] < 3:
-            raise ZmtpError("what answers is no ZeroMQ of version 4 or newer")
+            raise HandshakeError("what answers is no ZeroMQ of version 4 or newer")
         if bytes(greeting[12:32]) != _MECHANISM:
-            raise ZmtpError("the ground station wants encryption: give server_public_key")
+            raise HandshakeError("the ground station wants encryption: give server_public_key")
         ready = b"\x05READY" + _property(b"Socket-Type", b"DEALER") + _property(b"Identity", routing_id)
         self._socket.sendall(bytes((_COMMAND, len(ready))) + ready)
         flags, body = self._frame(STALL_S)
         if not flags & _COMMAND or not body.startswith(b"\x05READY"):
-            raise ZmtpError("the ground station refused the handshake")
+            raise HandshakeError("the ground station refused the handshake")
 
     def _fill(self, timeout_s: float) -> bool:
         """Takes in what comes within `timeout_s`; False when nothing did.  Raises: OSError."""

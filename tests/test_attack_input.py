@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from ground_station.broker import Broker, BrokerError
-from ground_station.cli import main, reference_bundle
+from ground_station.cli import main
 from ground_station.sampling import Sampling
 from ground_station.text import Text
 from ground_station.trunk import Trunk
@@ -190,8 +190,6 @@ def test_a_journal_with_nothing_finished_does_not_stop_another_model(tmp_path):
 @pytest.mark.broker
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_demo_that_is_told_to_end_leaves_no_folder_behind(tmp_path, number):
-    if not reference_bundle().is_dir():
-        pytest.skip("needs the reference bundle")
     demo = subprocess.Popen(
         [sys.executable, "-m", "ground_station.cli", "demo", "--tokens", "900", "--no-parity"],
         env=os.environ | {"TMPDIR": str(tmp_path)},

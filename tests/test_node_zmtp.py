@@ -9,6 +9,10 @@ import time
 import pytest
 import zmq
 
+from node_agent.config import LinkConfig
+from node_agent.counters import Counters
+from node_agent.dataplane import DataPlane
+from node_agent.experts import Experts
 from node_agent.zmtp import ZmtpDealer, ZmtpError
 
 LIMIT = 1 << 20
@@ -98,3 +102,21 @@ def test_a_ground_station_that_goes_away_is_an_error_not_silence():
         with pytest.raises(OSError):
             for _ in range(50):
                 link.receive(0.1)
+
+
+def test_an_agent_without_the_key_of_an_encrypted_ground_station_says_so(tmp_path):
+    said: list[tuple[str, str]] = []
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as ground:
+        ground.curve_publickey, ground.curve_secretkey = zmq.curve_keypair()
+        ground.curve_server = True
+        ground.bind("tcp://127.0.0.1:*")
+        link = LinkConfig(endpoint=f"tcp://127.0.0.1:{port_of(ground)}")
+        with DataPlane(
+            "n1", link, Experts(hidden=1), Counters(), lambda kind, text: said.append((kind, text))
+        ) as plane:
+            end = time.monotonic() + 5
+            while not said and time.monotonic() < end:
+                time.sleep(0.02)
+            assert plane.alive
+    assert [kind for kind, _ in said] == ["handshake"]
+    assert "give server_public_key" in said[0][1]
