@@ -3,7 +3,7 @@
 Three contenders decode the same tokens of the same bundle in turn, round after round: `bare` (a plain onnxruntime loop
 written out here, the control), `single` (the kit in one process, both cores, no network) and `distributed` (trunk here,
 experts on agents over ZeroMQ). Figures are ratios per round: median, minimum and maximum. Agents publish their telemetry
-to a broker as always: its cost is part of the figure.
+to a broker as always: its cost is part of the figure. Agents share the machine's cores, and the dispatcher is told which ones.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ground_station.decode import Decoder, TokenCost
 from ground_station.dispatch import Table
 from ground_station.link import Link
 from ground_station.local import LocalExperts
-from ground_station.local_fleet import LocalFleet
+from ground_station.local_fleet import LocalFleet, cores_of
 from ground_station.placement import round_robin
 from ground_station.remote import RemoteExperts
 from ground_station.trunk import Trunk
@@ -82,7 +82,7 @@ def decode(
     nodes: int = 4,
     copies: int = 2,
     tokens: int = 32,
-    rounds: int = 7,
+    rounds: int = 15,
     threads: int = 2,
     distributed_threads: int = 2,
     policy: str = "topk",
@@ -118,7 +118,7 @@ def decode(
             LocalFleet(run_dir, bundle, holdings, link.endpoint, (broker.host, broker.port)) as fleet,
         ):
             fleet.wait_joined(link)
-            remote = RemoteExperts(link, Table(holdings), codec, timeout_s=5.0)
+            remote = RemoteExperts(link, Table(holdings, cores_of(names)), codec, timeout_s=5.0)
             distributed = Decoder(
                 Trunk(bundle, manifest, distributed_threads, spin=distributed_threads > 1), rule, remote
             )
@@ -152,6 +152,7 @@ def decode(
         "trunk_precision": manifest.trunk_precision,
         "codec": codec,
         "nodes": nodes,
+        "cores_of_agents": len(set(cores_of(names).values())),
         "copies_per_expert": copies,
         "tokens_per_round": tokens - 1,
         "n": rounds,

@@ -146,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
         "--copies", type=_positive, default=2, help="nodes that hold each expert (default: %(default)s)"
     )
     decode.add_argument("--tokens", type=_positive, default=32, help="per round (default: %(default)s)")
-    decode.add_argument("--rounds", type=_positive, default=7, help="counted rounds (default: %(default)s)")
+    decode.add_argument("--rounds", type=_positive, default=15, help="counted rounds (default: %(default)s)")
     decode.add_argument("--threads", type=_positive, default=2, help="of the single process (default: %(default)s)")
     decode.add_argument(
         "--trunk-threads", type=_positive, default=2, help="of the trunk beside agents (default: %(default)s)"

@@ -23,11 +23,16 @@ class Work(NamedTuple):
 
 
 class Table:
-    """For each (layer, expert) its copies as (node index, precision id), best first."""
+    """For each (layer, expert) its copies as (node index, precision id), best first; for each node its processor."""
 
-    def __init__(self, holdings: tuple[Holding, ...]):
+    def __init__(self, holdings: tuple[Holding, ...], processors: dict[str, int] | None = None):
+        """`processors`: node -> what computes there, for nodes that share one (agents on one machine). None: each its own."""
         self.nodes = sorted({holding.node for holding in holdings})
         index = {node: i for i, node in enumerate(self.nodes)}
+        shared = processors or index
+        numbers = {processor: i for i, processor in enumerate(dict.fromkeys(shared[node] for node in self.nodes))}
+        self.processor = [numbers[shared[node]] for node in self.nodes]
+        self.processors = len(numbers)
         self.copies: dict[tuple[int, int], tuple[tuple[int, int], ...]] = {}
         for holding in sorted(holdings, key=lambda h: h.rank):
             key = (holding.layer, holding.expert)
@@ -43,38 +48,93 @@ def assign(table: Table, layer: int, load: dict[int, int], usable: list[bool] | 
     """The copy that serves each expert of a layer; None where no copy is on a usable node.
 
     load: expert -> rows it is to run; `usable[node]` (None: all). The precision is that of an expert's best usable copy; among
-    its copies of that precision the work is spread so that the busiest node has least (greedy, then moves while one helps).
+    its copies of that precision the work is spread so that the busiest processor has least, over few nodes: every node that is
+    asked costs a message each way (greedy, then chains of moves while one helps).
     """
     chosen: dict[int, Copy | None] = {}
-    busy = [0] * len(table.nodes)
-    flexible: list[tuple[int, list[Copy]]] = []
+    processor = table.processor
+    busy = [0] * table.processors
+    flexible: dict[int, list[Copy]] = {}
     for expert, rows in load.items():
         copies = table.copies[layer, expert]
         if usable is not None:
             copies = tuple(copy for copy in copies if usable[copy[0]])
         same = [copy for copy in copies if copy[1] == copies[0][1]]
         if len(same) > 1:
-            flexible.append((expert, same))
+            flexible[expert] = same
         elif same:
             chosen[expert] = same[0]
-            busy[same[0][0]] += rows
+            busy[processor[same[0][0]]] += rows
         else:
             chosen[expert] = None
-    for expert, same in flexible:
-        chosen[expert] = min(same, key=lambda copy: busy[copy[0]])
-        busy[chosen[expert][0]] += load[expert]
-    moved = bool(flexible)
-    while moved:  # ends: every move lowers the sum of squares of the loads
-        moved = False
-        for expert, same in flexible:
-            here, rows = chosen[expert][0], load[expert]
-            other = min(same, key=lambda copy: busy[copy[0]])
-            if busy[other[0]] + rows < busy[here]:
-                busy[here] -= rows
-                busy[other[0]] += rows
-                chosen[expert] = other
-                moved = True
+    if not flexible:
+        return chosen
+    share = -(-sum(load.values()) // table.processors)
+    left = dict(sorted(flexible.items(), key=lambda item: -load[item[0]]))
+    while left:
+        offers: dict[int, list[tuple[int, Copy]]] = {}
+        for expert, same in left.items():
+            for copy in same:
+                offers.setdefault(copy[0], []).append((expert, copy))
+        best_rows, best = 0, []
+        for node, offer in offers.items():
+            room = share - busy[processor[node]]
+            fits, rows = [], 0
+            for expert, copy in offer:
+                if rows + load[expert] <= room:
+                    rows += load[expert]
+                    fits.append((expert, copy))
+            if rows > best_rows:
+                best_rows, best = rows, fits
+        if not best:  # no share has room for a whole expert
+            break
+        for expert, copy in best:
+            chosen[expert] = copy
+            busy[processor[copy[0]]] += load[expert]
+            del left[expert]
+    for expert, same in left.items():
+        chosen[expert] = min(same, key=lambda copy: busy[processor[copy[0]]])
+        busy[processor[chosen[expert][0]]] += load[expert]
+    if left:  # otherwise nobody has more than its share
+        while _relieve(table, load, flexible, chosen, busy):
+            pass
     return chosen
+
+
+def _relieve(
+    table: Table, load: dict[int, int], flexible: dict[int, list[Copy]], chosen: dict[int, Copy | None], busy: list[int]
+) -> bool:
+    """Takes work off the busiest processor by a chain of moves, found breadth first; False when none helps.
+
+    With equal experts that is the augmenting path of bipartite matching, so decoding one token ends at the least possible load
+    of the busiest. Every chain lowers the sum of squares of the loads: repeated calls end.
+    """
+    start = busy.index(max(busy))
+    on: list[list[int]] = [[] for _ in busy]
+    for expert in flexible:
+        on[table.processor[chosen[expert][0]]].append(expert)
+    came: dict[int, tuple[int, int, Copy]] = {start: (-1, -1, (-1, -1))}
+    queue = [start]
+    for here in queue:
+        for expert in on[here]:
+            for copy in flexible[expert]:
+                there = table.processor[copy[0]]
+                if there in came:
+                    continue
+                came[there] = (here, expert, copy)
+                queue.append(there)
+                after = list(busy)
+                chain, end = [], there
+                while end != start:
+                    end, moving, to = came[end]
+                    chain.append((moving, to))
+                    after[end] -= load[moving]
+                    after[table.processor[to[0]]] += load[moving]
+                if sum(rows * rows for rows in after) < sum(rows * rows for rows in busy):
+                    chosen.update(chain)
+                    busy[:] = after
+                    return True
+    return False
 
 
 Assign = Callable[[int, dict[int, int]], dict[int, Copy | None]]

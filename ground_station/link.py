@@ -1,4 +1,4 @@
-"""The data plane's end at the trunk: a ZeroMQ ROUTER that boards dial into.
+"""The data plane's end at the trunk: a ZeroMQ ROUTER that boards dial into (libzmq's, or ours where a link is plain).
 
 Sends the requests of a layer together and gathers their answers together; knows which nodes are reachable. A node joins by
 its HELLO (a heartbeat each second) and is out when it is unreachable, late or answers with an error, until it says HELLO
@@ -10,9 +10,11 @@ from __future__ import annotations
 import ipaddress
 import time
 from dataclasses import dataclass, field
+from typing import Iterator
 
 import zmq
 
+from ground_station.zmtp_router import QueueFull, Unreachable, ZmtpRouter
 from node_agent import frame, wire
 
 HELLO_GRACE_S = 5.0  # five heartbeats: a node that is silent for longer counts as gone
@@ -54,6 +56,69 @@ def is_loopback(endpoint: str) -> bool:
         return False
 
 
+class _LibzmqRouter:
+    """libzmq's ROUTER behind the interface of ZmtpRouter: for encrypted links and for ipc."""
+
+    def __init__(self, endpoint: str, curve_keys: tuple[bytes, bytes] | None):
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        for option, value in (
+            (zmq.LINGER, 0),
+            (zmq.ROUTER_MANDATORY, 1),
+            (zmq.ROUTER_HANDOVER, 1),  # a restarted board takes its place at once
+            (zmq.MAXMSGSIZE, frame.MAX_FRAME_BYTES),
+            (zmq.SNDHWM, 256),
+            (zmq.RCVHWM, 1024),
+            (zmq.SNDTIMEO, 0),
+        ):
+            self._socket.setsockopt(option, value)
+        if curve_keys is not None:
+            self._socket.curve_publickey, self._socket.curve_secretkey = curve_keys
+            self._socket.curve_server = True
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError:
+            self.close()
+            raise
+        self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()
+
+    def send(self, identity: bytes, data: bytes) -> None:
+        try:
+            self._socket.send(identity, zmq.SNDMORE)
+            self._socket.send(data)
+        except zmq.Again:
+            raise QueueFull("its send queue is full") from None
+        except zmq.ZMQError as error:
+            raise Unreachable(str(error)) from None
+
+    def receive(self, timeout_s: float) -> Iterator[tuple[bytes, bytes | None]]:
+        if timeout_s and not self._socket.poll(max(1, int(timeout_s * 1e3))):
+            return
+        while True:
+            try:
+                parts = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            yield parts[0], parts[1] if len(parts) == 2 else None
+
+
+def _open(endpoint: str, curve_keys: tuple[bytes, bytes] | None) -> tuple[ZmtpRouter | _LibzmqRouter, str]:
+    """The socket and the endpoint it got.  Raises: LinkError."""
+    try:
+        if curve_keys is None and endpoint.startswith("tcp://"):
+            host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+            router = ZmtpRouter(host.strip("[]"), 0 if port == "*" else int(port), frame.MAX_FRAME_BYTES)
+            return router, f"tcp://{host}:{router.port}"
+        libzmq = _LibzmqRouter(endpoint, curve_keys)
+        return libzmq, libzmq.endpoint
+    except (OSError, ValueError, OverflowError, zmq.ZMQError) as error:
+        raise LinkError(f"cannot listen on {endpoint}: {error}; choose another port") from None
+
+
 class Link:
     """Owns the ROUTER socket; use it as a context manager and from one thread only."""
 
@@ -61,32 +126,14 @@ class Link:
         """`curve_keys` = (public, secret), Z85.  Raises: LinkError when the endpoint is not to be had or not protected."""
         if curve_keys is None and not is_loopback(endpoint):
             raise LinkError(f"{endpoint} is not loopback: give CURVE keys (docs: fleet init) or bind 127.0.0.1")
-        self.context = zmq.Context()
-        self.socket = self.context.socket(zmq.ROUTER)
-        self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a restarted board takes its place at once
-        self.socket.setsockopt(zmq.MAXMSGSIZE, frame.MAX_FRAME_BYTES)
-        self.socket.setsockopt(zmq.SNDHWM, 256)
-        self.socket.setsockopt(zmq.RCVHWM, 1024)
-        self.socket.setsockopt(zmq.SNDTIMEO, 0)
-        if curve_keys is not None:
-            self.socket.curve_publickey, self.socket.curve_secretkey = curve_keys
-            self.socket.curve_server = True
-        try:
-            self.socket.bind(endpoint)
-        except zmq.ZMQError as error:
-            self.close()
-            raise LinkError(f"cannot listen on {endpoint}: {error}; choose another port") from None
-        self.endpoint = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._router, self.endpoint = _open(endpoint, curve_keys)
         self.peers: dict[str, Peer] = {}
         self.bad_frames = 0
         self._wanted: dict[int, str] = {}
         self._names: dict[bytes, str] = {}  # routing id -> node, of nodes that have said HELLO
 
     def close(self) -> None:
-        self.socket.close()
-        self.context.term()
+        self._router.close()
 
     def __enter__(self) -> Link:
         return self
@@ -108,7 +155,7 @@ class Link:
 
     def drain(self) -> None:
         """Takes in what has arrived (heartbeats, late answers) without waiting."""
-        self._receive_all()
+        self._receive(0)
 
     def wait_for(self, nodes: set[str], timeout_s: float) -> set[str]:
         """Waits until all `nodes` are up; returns those still missing when the time is over."""
@@ -117,8 +164,7 @@ class Link:
             left = end - time.monotonic()
             if left <= 0:
                 break
-            if self.socket.poll(int(min(left, 0.1) * 1000)):
-                self._receive_all()
+            self._receive(min(left, 0.1))
         return missing if missing else set()
 
     def exchange(self, requests: dict[str, tuple[int, bytes]], timeout_s: float) -> dict[str, frame.Frame | Failure]:
@@ -131,50 +177,41 @@ class Link:
         self._wanted.clear()
         for node, (request_id, data) in requests.items():
             try:
-                self.socket.send(node.encode(), zmq.SNDMORE)
-                self.socket.send(data)
+                self._router.send(node.encode(), data)
                 self._wanted[request_id] = node
-            except zmq.Again:
-                results[node] = Failure("late", "its send queue is full")
-            except zmq.ZMQError as error:
+            except QueueFull as error:
+                results[node] = Failure("late", str(error))
+            except Unreachable as error:
                 results[node] = Failure("unreachable", str(error))
         end_s = time.monotonic() + timeout_s
         while self._wanted and (left_s := end_s - time.monotonic()) > 0:
-            if self.socket.poll(max(1, int(left_s * 1e3))):
-                self._receive_all(results)
+            self._receive(left_s, results)
         for node in self._wanted.values():
             results[node] = Failure("late", f"no answer within {timeout_s:.2f} s")
         self._wanted.clear()
         return results
 
-    def _receive_all(self, results: dict[str, frame.Frame | Failure] | None = None) -> None:
-        """Takes in what has arrived; with `results`, returns as soon as the last wanted answer is there."""
-        while True:
-            try:
-                parts = self.socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            except zmq.ZMQError:
-                self.bad_frames += 1
-                return
-            self._take(parts, results)
+    def _receive(self, timeout_s: float, results: dict[str, frame.Frame | Failure] | None = None) -> None:
+        """Takes in what arrives within `timeout_s`; with `results`, returns as soon as the last wanted answer is there."""
+        for identity, data in self._router.receive(timeout_s):
+            self._take(identity, data, results)
             if results is not None and not self._wanted:
                 return
 
-    def _take(self, parts: list[bytes], results: dict[str, frame.Frame | Failure] | None) -> None:
-        if len(parts) != 2:
+    def _take(self, identity: bytes, data: bytes | None, results: dict[str, frame.Frame | Failure] | None) -> None:
+        if data is None:
             self.bad_frames += 1
             return
-        node = self._names.get(parts[0])
+        node = self._names.get(identity)
         try:
             if node is None:
-                node = wire.check_id(parts[0].decode("ascii", "replace"))
-            received = frame.unpack(parts[1])
+                node = wire.check_id(identity.decode("ascii", "replace"))
+            received = frame.unpack(data)
         except (frame.FrameError, wire.WireError) as error:
             self.bad_frames += 1
             # a wanted answer that cannot be read is a failure of its node, not a reason to wait for the deadline
             waiting = self._wanted.get(getattr(error, "request_id", 0))
-            if results is not None and waiting and waiting.encode() == parts[0]:
+            if results is not None and waiting and waiting.encode() == identity:
                 del self._wanted[error.request_id]
                 results[waiting] = Failure("error", str(error))
             return
@@ -203,6 +240,6 @@ class Link:
                 peer.up = True
             try:
                 welcome = frame.Frame(frame.WELCOME, received.request_id, destination=peer.number, text=node)
-                self.socket.send_multipart((node.encode(), frame.pack(welcome)))
-            except zmq.ZMQError:
+                self._router.send(node.encode(), frame.pack(welcome))
+            except (QueueFull, Unreachable):
                 peer.up = False

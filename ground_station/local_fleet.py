@@ -16,7 +16,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterable
 
 from ground_station.link import Link
 from ground_station.placement import Holding
@@ -46,6 +46,16 @@ def demo_boards(count: int = 4) -> tuple[Board, ...]:
     return tuple(Board(f"sat-{i + 1}-{kinds[i % 2][0]}", kinds[i % 2][1], 512 * 1024 * 1024) for i in range(count))
 
 
+def cores_of(nodes: Iterable[str]) -> dict[str, int]:
+    """The core of each agent, in turn over the cores that this process may use; also for dispatch.Table.
+
+    A board has a core of its own as far as there are cores. Left to itself, the kernel often runs two agents that wake together
+    one after the other on one core, because each is still "hot" there.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    return {node: cores[index % len(cores)] for index, node in enumerate(sorted(nodes))}
+
+
 def _die_with_parent() -> None:
     """In the child before exec: SIGTERM when the parent goes, so that not even kill -9 leaves agents behind."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -64,6 +74,9 @@ def _spawn(arguments: list[str], log: Path, keep: Callable[[subprocess.Popen], N
         _die_with_parent()
         if core is not None:
             os.sched_setaffinity(0, {core})
+            # A batch process that wakes up does not push aside who woke it: the ground station hands out a layer's work to all
+            # boards before the first one that shares its core begins.
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     try:
@@ -172,10 +185,7 @@ class LocalFleet:
     def start(self, node: str) -> None:
         """Starts (or starts again) a node's agent."""
         home = self.run_dir / node
-        # A board has a core of its own as far as there are cores. Left to itself, the kernel often runs two agents that wake
-        # together one after the other on one core, because each is still "hot" there.
-        cores = sorted(os.sched_getaffinity(0))
-        core = cores[list(self._configs).index(node) % len(cores)]
+        core = cores_of(self._configs)[node]
         arguments = ["node_agent.cli", "run", "--config", str(self._configs[node])]
         _spawn(arguments, home / "agent.log", lambda child: self.agents.__setitem__(node, child), core)
         with shard.atomic_file(home / "agent.pid") as file:

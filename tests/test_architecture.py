@@ -28,6 +28,8 @@ CONTRACT = (
     "node_agent.routing",
     # The order of the partial sum is what a node and the single-process reference must agree on, bit by bit.
     "node_agent.partial",
+    # How a plain link cuts bytes into messages is the same at both of its ends.
+    "node_agent.zmtp",
 )
 # firmware_sim modules that are physics and nothing else, open to the ground station's twin.
 PHYSICS = ("firmware_sim", "firmware_sim.board")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import random
+from collections import Counter
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
@@ -191,3 +194,42 @@ def test_sampling_greedy_seed_and_nucleus():
 def test_bad_sampling_is_refused(bad):
     with pytest.raises(ValueError):
         sampling.Sampling(**bad)
+
+
+def _busiest_and_nodes(table: Table, chosen) -> tuple[int, int]:
+    loads = Counter(table.processor[node] for node, _ in chosen.values())
+    return max(loads.values()), len({node for node, _ in chosen.values()})
+
+
+@pytest.mark.parametrize("processors", [None, {"a": 0, "b": 1, "c": 0, "d": 1}, dict.fromkeys("abcd", 0)])
+def test_the_busiest_processor_has_as_little_as_any_choice_could_give_it(processors):
+    """One token: against every possible choice of copies (brute force), for random sets of experts and random copies."""
+    rng = random.Random(0)
+    one = frame.PRECISION_ID["int8"]
+    messages = []
+    for _ in range(300):
+        copies = {e: rng.sample("abcd", 2) for e in range(16)}
+        table = Table(tuple(Holding(n, 0, e, "int8", r) for e in copies for r, n in enumerate(copies[e])), processors)
+        experts = rng.sample(range(16), rng.randint(1, 6))
+        best, least = min(
+            _busiest_and_nodes(table, dict(zip(experts, choice)))
+            for choice in product(*(table.copies[0, e] for e in experts))
+        )
+        chosen = assign(table, 0, dict.fromkeys(experts, 1))
+        assert set(chosen) == set(experts) and all(copy in table.copies[0, e] for e, copy in chosen.items())
+        assert all(precision == one for _, precision in chosen.values())
+        busiest, nodes = _busiest_and_nodes(table, chosen)
+        assert busiest == best
+        messages.append(nodes - least)
+    assert sum(messages) / len(messages) < 0.5  # few messages is the lesser aim, met by a heuristic
+
+
+def test_nodes_that_share_a_processor_count_as_one():
+    table = Table(
+        tuple(Holding(n, 0, e, "int8", 0) for e, n in enumerate("ac")) + (Holding("b", 0, 1, "int8", 1),),
+        {"a": 7, "b": 3, "c": 7},
+    )
+    chosen = assign(table, 0, {0: 1, 1: 1})
+    assert [table.nodes[chosen[e][0]] for e in (0, 1)] == ["a", "b"]  # c is free, but its processor is not
+    apart = Table(tuple(Holding(n, 0, e, "int8", 0) for e, n in enumerate("ac")))
+    assert [apart.nodes[node] for node, _ in assign(apart, 0, {0: 1, 1: 1}).values()] == ["a", "c"]
