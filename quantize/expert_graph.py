@@ -64,7 +64,7 @@ def linear(name: str, x: str, weight: Matrix, out: str, bias: np.ndarray | None 
     return Piece(tuple(nodes), tensors)
 
 
-def swiglu(name: str, gate_up: str, out: str, intermediate: int) -> Piece:
+def swiglu(name: str, gate_up: str, out: str) -> Piece:
     """out [..., I] = silu(gate) * up, of gate_up [..., 2I] whose first half is the gate."""
     gate, up, silu = f"{name}.gate", f"{name}.up", f"{name}.silu"
     nodes = (
@@ -129,7 +129,7 @@ def expert_model(gate_up: Matrix, down: Matrix, external: str) -> tuple[bytes, b
         raise ValueError(f"gate_up [{twice}, {d}] and down [{rows}, {i}] are no expert: need [2I, D] and [D, I]")
     pieces = [
         linear("gate_up", "x", gate_up, "h"),
-        swiglu("swiglu", "h", "a", i),
+        swiglu("swiglu", "h", "a"),
         linear("down", "a", down, "y"),
     ]
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["T", d])

@@ -113,7 +113,7 @@ class _SegmentGraph:
 
     def mlp(self, name: str, x: str, gate_up: np.ndarray, down: np.ndarray) -> str:
         self.add(linear(f"{name}.gate_up", x, self.quantised(gate_up), f"{name}.h"), "")
-        self.add(swiglu(name, f"{name}.h", f"{name}.a", down.shape[1]), "")
+        self.add(swiglu(name, f"{name}.h", f"{name}.a"), "")
         return self.add(linear(f"{name}.down", f"{name}.a", self.quantised(down), f"{name}.y"), f"{name}.y")
 
     def attention(self, layer: int, x: str) -> str:

@@ -252,3 +252,22 @@ def test_multiplier_by_hand():
     both = training.Plan(decay_s=100, deadline_s=1000, until_tokens=1000)
     assert training.multiplier(both, 925, 890, 50, 10, None) == pytest.approx((0.5, True))  # tokens are further on
     assert training.multiplier(both, 990, 890, 50, 10, None) == pytest.approx((0.1, True))  # time is further on
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("moe", ["--until-tokens", "1024"], "holds a run: give --resume"),
+        ("absent", ["--resume", "--minutes", "1"], "state.pt is missing"),
+        ("absent", ["--export", "out"], "state.pt is missing"),
+    ],
+)
+def test_a_run_is_never_written_over_and_a_missing_one_is_named(work, moe, name, arguments, said):
+    log = work / "runs" / "moe" / "log.jsonl"
+    before = log.read_bytes()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command(work, name, *COMMON, *arguments), env=environment, cwd=work, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
+    assert log.read_bytes() == before

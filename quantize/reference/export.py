@@ -13,7 +13,7 @@ import torch
 
 from quantize.reference.mix import DOCUMENT_START
 from quantize.reference.model import ModelConfig, ReferenceModel
-from quantize.reference.state import config_of, write_atomically
+from quantize.reference.state import config_of, load_checkpoint, write_atomically
 
 
 def evaluate_bits_per_byte(
@@ -62,7 +62,7 @@ def text_sample(work: Path, kind: str, limit: int | None) -> dict[str, tuple[np.
 
 def load_model(path: Path) -> tuple[ReferenceModel, dict]:
     """(the model of a checkpoint, the checkpoint)."""
-    saved = torch.load(path, weights_only=True)
+    saved = load_checkpoint(path)
     model = ReferenceModel.allocate(config_of(saved))
     model.master.copy_(saved["master"])
     model.refresh()

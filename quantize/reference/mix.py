@@ -50,6 +50,9 @@ class TokenMix:
         )
         self.weights = np.array([weights[n] for n in names])
         self.weights /= self.weights.sum()
+        short = [name for name in names if len(self.streams[name]) < 2 * context]
+        if short:
+            raise ValueError(f"{folder}: too little text for windows of {context} tokens in {', '.join(short)}")
         self.counters = [0] * len(names)
         self._order: dict[int, tuple[int, int, np.ndarray]] = {}
 

@@ -9,6 +9,8 @@ import dataclasses
 import os
 from pathlib import Path
 
+import torch
+
 from quantize.reference.model import ModelConfig
 
 
@@ -36,7 +38,17 @@ class Recipe:
 def write_atomically(path: Path, write) -> None:
     temporary = path.with_name(path.name + ".part")
     write(temporary)
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A run's checkpoint.  Raises: SystemExit that says where it was looked for."""
+    try:
+        return torch.load(path, weights_only=True)
+    except FileNotFoundError:
+        raise SystemExit(f"{path} is missing: check --work and --name, or train that run first") from None
 
 
 def config_of(saved: dict) -> ModelConfig:

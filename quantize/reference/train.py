@@ -56,7 +56,7 @@ from quantize.reference.mix import TokenMix  # noqa: E402
 from quantize.reference.model import ModelConfig, ReferenceModel, flat_size, layout  # noqa: E402
 from quantize.reference.muon import Optimiser  # noqa: E402
 from quantize.reference.sources import default_work  # noqa: E402
-from quantize.reference.state import Recipe, config_of, recipe_of, write_atomically  # noqa: E402
+from quantize.reference.state import Recipe, config_of, load_checkpoint, recipe_of, write_atomically  # noqa: E402
 
 # --- schedule ----------------------------------------------------------------------------------------------
 
@@ -299,20 +299,22 @@ def train(args) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     saved = None
     if args.resume:
-        saved = torch.load(folder / "state.pt", weights_only=True)
+        saved = load_checkpoint(folder / "state.pt")
         if saved["phase"] != "stable":
-            saved = torch.load(folder / "stable.pt", weights_only=True)
+            saved = load_checkpoint(folder / "stable.pt")
         config, recipe = config_of(saved), recipe_of(saved)
         rows = (folder / "schedule.csv").read_text().splitlines()[: saved["step"]]
-        (folder / "schedule.csv").write_text("".join(row + "\n" for row in rows))
+        write_atomically(folder / "schedule.csv", lambda path: path.write_text("".join(row + "\n" for row in rows)))
     else:
         config = ModelConfig()
         recipe = Recipe(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Recipe) if hasattr(args, f.name)})
         if args.follow:
-            other = torch.load(folder.parent / args.follow / "state.pt", weights_only=True)
+            other = load_checkpoint(folder.parent / args.follow / "state.pt")
             config, recipe = config_of(other), recipe_of(other)
         if args.dense:
             config = config.as_dense()
+        if (folder / "state.pt").exists():
+            raise SystemExit(f"train: {folder} holds a run: give --resume, or another --name, or move it away")
         for name in ("log.jsonl", "schedule.csv", "finish"):
             (folder / name).unlink(missing_ok=True)
     replay = _read_schedule(folder.parent / args.follow / "schedule.csv") if args.follow else None
