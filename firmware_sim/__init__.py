@@ -1,4 +1,4 @@
-"""Simulated boards: a board's power and temperature as kernel-format sensor files that stock node agents read.
+"""What stands in for space and boards: physics of orbit, heat, battery and links; simulated boards; virtual satellites.
 
-Imports nothing by itself. Leaves out, so far: orbit, battery, links and the virtual satellite.
+Imports nothing by itself. Leaves out whoever couples a satellite to a real board (the ground station's twin).
 """

@@ -1,9 +1,8 @@
-"""A process that simulates boards in real time: `python -m firmware_sim.run --spec FILE`. Leaves out everything but the bench.
+"""A process that simulates boards in real time: `python -m firmware_sim.run --spec FILE` (spec.py says what a spec holds).
 
 Each board's load is the CPU time of the agent process that its pid file names, so power and temperature answer to the work
-that is really done; without an agent a board idles. The spec is JSON:
-
-    {"boards": [{"node": "sat-1", "profile": "jetson-orin-nano", "sysroot": "DIR", "pid_file": "FILE"}], "rate_hz": 10}
+that is really done (without an agent a board idles), or a recorded trace, which makes it deterministic. Leaves out everything
+but the bench, and the slowing of the agent by a throttled clock.
 
 Ends with exit code 0 on SIGTERM or SIGINT, 2 for a bad spec, 1 when a file cannot be written.
 """
@@ -12,86 +11,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import random
 import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from firmware_sim.board import PROFILES, BoardState, Profile, step
-from firmware_sim.sysfs import SensorTree
-from node_agent.wire import WireError, check_id
+from firmware_sim import videocore
+from firmware_sim.board import BoardState, die_c, step, zone_c
+from firmware_sim.faults import Injection
+from firmware_sim.monitor import PowerHistory, noisy, register_w, rounds_done
+from firmware_sim.spec import BoardSpec, Spec, SpecError, read_spec
+from firmware_sim.sysfs import Files, SensorTree, swap
 
-RATE_HZ = 10.0
-MAX_BOARDS = 256
-MAX_SPEC_BYTES = 1024 * 1024
-
-
-class SpecError(ValueError):
-    """The spec of a simulation is not usable; the text says what to write."""
-
-
-@dataclass(frozen=True)
-class BoardSpec:
-    """One board of the simulation."""
-
-    node: str
-    profile: Profile
-    sysroot: Path
-    pid_file: Path
-
-
-@dataclass(frozen=True)
-class Spec:
-    """The whole simulation."""
-
-    boards: tuple[BoardSpec, ...]
-    rate_hz: float = RATE_HZ
-
-
-def read_spec(path: Path) -> Spec:
-    """Reads and checks a spec.  Raises: SpecError."""
-    try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_SPEC_BYTES + 1)
-    except OSError as error:
-        raise SpecError(f"cannot read {path}: {error.strerror}; give --spec a JSON file") from error
-    if len(content) > MAX_SPEC_BYTES:
-        raise SpecError(f"{path} is over the limit of {MAX_SPEC_BYTES} bytes")
-    try:
-        tree = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise SpecError(f"{path} is not JSON: {str(error)[:100]}") from None
-    if not isinstance(tree, dict) or not isinstance(tree.get("boards"), list):
-        raise SpecError(f'{path} needs {{"boards": [...]}}')
-    if not 1 <= len(tree["boards"]) <= MAX_BOARDS:
-        raise SpecError(f"{path} has {len(tree['boards'])} boards; give 1 to {MAX_BOARDS}")
-    rate_hz = tree.get("rate_hz", RATE_HZ)
-    if isinstance(rate_hz, bool) or not isinstance(rate_hz, (int, float)) or not 0.1 <= rate_hz <= 100:
-        raise SpecError(f"{path}: rate_hz is {str(rate_hz)[:40]!r}; give 0.1 to 100")
-    boards = tuple(_board(entry, f"{path}: board {index}") for index, entry in enumerate(tree["boards"]))
-    if len({board.node for board in boards}) != len(boards):
-        raise SpecError(f"{path} names a node twice; give each board its own")
-    return Spec(boards, float(rate_hz))
-
-
-def _board(entry: object, where: str) -> BoardSpec:
-    wanted = ("node", "profile", "sysroot", "pid_file")
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) and entry[key] for key in wanted):
-        raise SpecError(f"{where} needs the texts {', '.join(wanted)}")
-    try:
-        check_id(entry["node"])
-    except WireError as error:
-        raise SpecError(f"{where}: {error}") from None
-    if entry["profile"] not in PROFILES:
-        raise SpecError(f"{where}: no profile {entry['profile'][:60]!r}; there are {', '.join(sorted(PROFILES))}")
-    sysroot = Path(entry["sysroot"])
-    if sysroot.resolve() == Path("/"):
-        raise SpecError(f"{where}: sysroot is this machine's own root; give a run folder")
-    return BoardSpec(entry["node"], PROFILES[entry["profile"]], sysroot, Path(entry["pid_file"]))
+SLOW_S = (
+    0.1  # between new temperatures and answers of a Raspberry Pi's firmware, and at least between looks at the load
+)
 
 
 class Load:
@@ -122,22 +61,130 @@ class Load:
         return times.user + times.system
 
 
+class Cap:
+    """The clock limit that a file holds: a number from 0 to 1; 1 while there is no such file."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._last, self._told = 1.0, False
+
+    def read(self) -> float:
+        """What the file says. Told once where it is no such number: the last good one stays."""
+        if self._path is None:
+            return 1.0
+        try:
+            text = self._path.read_bytes()[:32]
+            value = float(text)
+            if not 0.0 <= value <= 1.0:
+                raise ValueError
+            self._last = value
+        except FileNotFoundError:
+            self._last = 1.0
+        except (OSError, ValueError):
+            if not self._told:
+                print(f"warning: {self._path} holds no number from 0 to 1: {self._last} stays", file=sys.stderr)
+            self._told = True
+        return self._last
+
+
 class SimulatedBoard:
-    """One board's state, its load and its files."""
+    """One board's state, its load and its files. Time is what `advance` is told, so it may run in real time or not."""
 
     def __init__(self, spec: BoardSpec) -> None:
-        self._profile = spec.profile
-        self._load = Load(spec.pid_file)
-        self._files = SensorTree(spec.sysroot, spec.profile)
-        # A board that has been on for long before anything starts.
+        """Writes the files of a board that has idled for long.  Raises: OSError."""
+        self.spec, self._profile = spec, spec.profile
+        self._load = Load(spec.pid_file) if spec.pid_file else None
+        self._cap = Cap(spec.cap_file)
         self.state: BoardState = spec.profile.equilibrium(spec.profile.idle_w)
-        self._files.write(self.state)
+        self._history = PowerHistory(self.state.power_w)
+        self._rounds = [0] * len(spec.profile.monitors)
+        self._slow_s, self._load_s, self._last_load = 0.0, 0.0, 0.0
+        self._random = random.Random(spec.node)
+        self._injection = Injection(spec.faults, spec.node)
+        self._tree = SensorTree(spec.sysroot, spec.profile)
+        self._files = self._tree.truth(self.state)
+        self._write(self._files)
 
     def advance(self, dt_s: float) -> None:
         """One step of `dt_s` that has just passed, with the load it had.  Raises: OSError."""
-        utilisation = self._load.busy_cores(dt_s) / self._profile.cores
-        self.state = step(self._profile, self.state, utilisation, dt_s)
-        self._files.write(self.state)
+        start_s, cap = self.state.time_s, self._cap.read()
+        if self.spec.trace is not None:
+            pieces = self.spec.trace.pieces(start_s, start_s + dt_s)
+        else:
+            pieces = [(dt_s, self._utilisation(dt_s))]
+        for piece_s, load in pieces:
+            before_j = self.state.energy_j
+            self.state = step(self._profile, self.state, load, piece_s, cap)
+            self._history.add(piece_s, (self.state.energy_j - before_j) / piece_s)
+        new = self._measure()
+        self._files |= new
+        self._write(new)
+
+    def _utilisation(self, dt_s: float) -> float:
+        # A process's CPU time grows in ticks of 10 ms: over less than SLOW_S it would be all or nothing.
+        self._load_s += dt_s
+        if self._load_s >= SLOW_S - 1e-3:
+            self._last_load = self._load.busy_cores(self._load_s) / self._profile.cores
+            self._load_s = 0.0
+        return self._last_load
+
+    def _measure(self) -> Files:
+        """New readings of the sensors that have any by now."""
+        new: Files = {}
+        profile, state, oldest_s = self._profile, self.state, self._history.until_s
+        for index, monitor in enumerate(profile.monitors):
+            rounds = rounds_done(monitor, self._history.until_s)
+            if rounds > self._rounds[index]:
+                self._rounds[index] = rounds
+                rails_w = noisy(monitor, register_w(monitor, profile, self._history), self._gauss)
+                new |= self._tree.power(index, rails_w)
+            oldest_s = min(oldest_s, (rounds - 1) * monitor.period_s)
+        self._history.forget(oldest_s)
+        if state.time_s < self._slow_s:
+            return new
+        self._slow_s = state.time_s + SLOW_S - 1e-3
+        zones_c = []
+        for zone in profile.zones:
+            still = zone.says_c is not None or state.utilisation < zone.powered_from
+            zones_c.append(zone_c(profile, zone, state) + (0.0 if still else profile.zone_noise_k * self._gauss()))
+        pmic = videocore.pmic_text(state.power_w, profile.idle_w, self._gauss) if profile.pmic else ""
+        return new | self._tree.temperatures(zones_c) | self._tree.firmware(state.flags, pmic)
+
+    def _gauss(self) -> float:
+        return self._random.gauss(0.0, 1.0)
+
+    def _write(self, new: Files) -> None:
+        if not self.spec.faults:
+            self._tree.write(new)
+        else:
+            # A fault may begin or end without a new reading.
+            changed = self._injection.apply(self.state.time_s, self._files)
+            self._tree.write(changed)
+            self._tree.answer_late(changed, self._files)
+        if self.spec.state_file is not None:
+            write_truth(self.spec.state_file, self.spec, self.state)
+
+
+def write_truth(path: Path, spec: BoardSpec, state: BoardState) -> None:
+    """The board's state without noise, steps and faults, as JSON; `monotonic_s` is this machine's clock.  Raises: OSError."""
+    tree = {
+        "node": spec.node,
+        "profile": spec.profile.name,
+        "time_s": state.time_s,
+        "monotonic_s": time.monotonic(),
+        "power_w": state.power_w,
+        "die_c": die_c(spec.profile, state),
+        "ambient_c": spec.profile.ambient_c,
+        "energy_j": state.energy_j,
+        "utilisation": state.utilisation,
+        "clock": state.clock,
+        "throttled": state.throttled,
+        "flags": state.flags,
+    }
+    partial = f"{path.parent}/.{path.name}.partial"
+    with open(partial, "w", encoding="ascii") as file:
+        file.write(json.dumps(tree) + "\n")
+    swap(partial, path)
 
 
 def simulate(spec: Spec, stop: threading.Event) -> None:
@@ -160,7 +207,10 @@ def main(arguments: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     try:
-        simulate(read_spec(options.spec), stop)
+        spec = read_spec(options.spec)
+        if os.geteuid() == 0 and any(fault.kind == "denied" for board in spec.boards for fault in board.faults):
+            print("warning: root reads denied files all the same, unless without CAP_DAC_OVERRIDE", file=sys.stderr)
+        simulate(spec, stop)
     except SpecError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -74,9 +74,15 @@ class Power:
 
 @dataclass(frozen=True)
 class Payload:
-    """Coupling of a board to its satellite (PHYSICS, "Coupling"): P_v = kappa (P_board - fan_w) + leak (T_v - T_board)."""
+    """Coupling of a board to its satellite: P_v = kappa (P_board - fan_w) + leak_w_per_k (T_v - T_board).
+
+    T_v is the avionics node's temperature and the rises of branches `r_k_per_w`, `tau_s` (default: in all those of BUPT-1's
+    Raspberry Pi 4B in orbit). `idle_w` and `busy_w`: the board's power at duty 0 and 1 (`spacemoe calibrate` measures them).
+    """
 
     kappa: float = 1.0
+    idle_w: float = 3.0
+    busy_w: float = 8.0
     fan_w: float = 0.0
     leak_w_per_k: float = 0.0
     r_k_per_w: tuple[float, ...] = (16.6,)
@@ -86,13 +92,23 @@ class Payload:
 
 @dataclass(frozen=True)
 class ScenarioBoard:
-    """A board that stands in for satellite number `satellite`; `simulated` are its further keys, for run.py."""
+    """A board that stands in for satellite number `satellite`. `guard`: of its agent's configuration, table [guard], which the
+    agent checks; `simulated`: its further keys, which spec.py checks."""
 
     node: str
     profile: str
     satellite: int
     memory_mb: int
+    guard: dict[str, Any]
     simulated: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """How long boards are kept at work, and how long they are then left without a ground station, in real seconds."""
+
+    load_s: float = 60.0
+    alone_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -105,6 +121,7 @@ class Scenario:
     bus: Bus
     power: Power
     payload: Payload
+    run: Run
     boards: tuple[ScenarioBoard, ...]
 
 
@@ -126,11 +143,15 @@ _RANGES: dict[str, tuple[float, float]] = {
     "start_soc": (0.0, 1.0),
     "floor_soc": (0.0, 1.0),
     "kappa": (0.0, 100.0),
+    "idle_w": (0.0, 1_000.0),
+    "busy_w": (0.0, 1_000.0),
     "fan_w": (0.0, 1_000.0),
     "leak_w_per_k": (0.0, 100.0),
     "r_k_per_w": (0.0, 1_000.0),
     "tau_s": (0.001, 1e6),
     "limit_c": (-50.0, 200.0),
+    "load_s": (0.0, 1e6),
+    "alone_s": (0.0, 1e5),
     "satellite": (0, MAX_SATELLITES - 1),
     "memory_mb": (1, 1_000_000),
 }
@@ -204,7 +225,10 @@ def _board(entry: Any, index: int, satellites: int, where: str) -> ScenarioBoard
     for key in ("sysroot", "pid_file", "state_file", "load_trace"):
         if key in rest:
             raise ScenarioError(f"{at}: {key} is set by whoever starts the boards; remove it")
-    return ScenarioBoard(node, profile, satellite, memory_mb, rest)
+    guard = rest.pop("guard", {})
+    if not isinstance(guard, dict) or not all(isinstance(value, (int, float)) for value in guard.values()):
+        raise ScenarioError(f"{at}: guard is {str(guard)[:40]!r}; give a table such as {{ temp_limit_c = 85 }}")
+    return ScenarioBoard(node, profile, satellite, memory_mb, guard, rest)
 
 
 def parse(text: str, where: str = "scenario") -> Scenario:
@@ -213,7 +237,7 @@ def parse(text: str, where: str = "scenario") -> Scenario:
         tree = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ScenarioError(f"{where} is not TOML: {str(error)[:200]}; correct that line") from None
-    known = ("name", "time", "constellation", "bus", "power", "payload", "board")
+    known = ("name", "time", "constellation", "bus", "power", "payload", "run", "board")
     for key in tree:
         if key not in known:
             raise ScenarioError(f"{where}: {key[:40]} is unknown; use {', '.join(known)}")
@@ -226,6 +250,8 @@ def parse(text: str, where: str = "scenario") -> Scenario:
     payload = _table(Payload, "payload", tree, where)
     if len(payload.r_k_per_w) != len(payload.tau_s):
         raise ScenarioError(f"{where}: [payload] r_k_per_w and tau_s go together: give as many of each")
+    if payload.busy_w <= payload.idle_w:
+        raise ScenarioError(f"{where}: [payload] busy_w is not above idle_w; give the board's power at full load")
     entries = tree.get("board", [])
     if not isinstance(entries, list) or not 1 <= len(entries) <= MAX_BOARDS:
         raise ScenarioError(f"{where}: give 1 to {MAX_BOARDS} tables [[board]]")
@@ -240,6 +266,7 @@ def parse(text: str, where: str = "scenario") -> Scenario:
         _table(Bus, "bus", tree, where),
         _table(Power, "power", tree, where),
         payload,
+        _table(Run, "run", tree, where),
         boards,
     )
 

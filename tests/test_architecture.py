@@ -32,7 +32,28 @@ CONTRACT = (
     "node_agent.zmtp",
 )
 # firmware_sim modules that are physics and nothing else, open to the ground station's twin.
-PHYSICS = ("firmware_sim", "firmware_sim.board")
+PHYSICS = (
+    "firmware_sim",
+    "firmware_sim.ageing",
+    "firmware_sim.battery",
+    "firmware_sim.board",
+    "firmware_sim.bus",
+    "firmware_sim.constellation",
+    "firmware_sim.constellation_numba",
+    "firmware_sim.eclipse",
+    "firmware_sim.environment",
+    "firmware_sim.foster",
+    "firmware_sim.links",
+    "firmware_sim.orbit",
+    "firmware_sim.pacing",
+    "firmware_sim.paths",
+    "firmware_sim.satellite",
+    "firmware_sim.scenario",
+    "firmware_sim.sun",
+    "firmware_sim.thermal",
+    "firmware_sim.throttle",
+    "firmware_sim.tle",
+)
 # The umbrella command is where the rooms are put together.
 COMPOSITION_ROOTS = ("ground_station.cli",)
 # Training, the uncut export and parity need torch; nothing else may.

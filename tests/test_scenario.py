@@ -30,6 +30,7 @@ node = "sat-1"
 profile = "jetson-orin-nano"
 satellite = 4
 ambient_c = 45
+guard = { temp_limit_c = 85, silent_s = 5 }
 [[board]]
 node = "sat-2"
 profile = "raspberry-pi-4-ina226"
@@ -45,6 +46,7 @@ def test_what_is_read_is_what_was_written():
     assert scenario.payload.r_k_per_w == (3.0, 13.6) and scenario.payload.tau_s == (8.0, 400.0)
     first, second = scenario.boards
     assert (first.node, first.profile, first.satellite) == ("sat-1", "jetson-orin-nano", 4)
+    assert first.guard == {"temp_limit_c": 85, "silent_s": 5} and second.guard == {}
     assert first.simulated == {"ambient_c": 45}  # checked by the simulator of boards
     assert second.satellite == 1 and second.simulated == {}
 
@@ -71,6 +73,7 @@ def test_what_is_read_is_what_was_written():
         ('node = "sat-2"', 'node = "../etc"', r"\[\[board\]\] 2"),
         ('node = "sat-2"', "", "needs the texts node and profile"),
         ("ambient_c = 45", 'sysroot = "/"', "sysroot is set by whoever starts the boards"),
+        ("guard = {", "guard = 7 # {", "guard is '7'"),
         ("[bus]", "[busses]", "busses is unknown; use name, time"),
         ("[bus]", "[bus", "is not TOML"),
     ],

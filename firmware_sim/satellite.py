@@ -1,0 +1,147 @@
+"""The virtual satellites that boards stand in for: measured watts in; temperature, battery and how much a board may work out.
+
+Coupling, per board and satellite (mission time; powers are constant during a step):
+
+    P_v = kappa (P_board - fan) + leak (T_v - T_board)          what the payload draws in orbit
+    T_v = T_avionics + sum_i x_i,   x_i' = (R_i P_v - x_i) / tau_i   its temperature there
+
+P_v loads the satellite's battery and heats its avionics node. A bench temperature is never used as one in orbit: both are
+kept apart. Pure; leaves out where watts come from and how the cap reaches a board (the ground station), and links.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from firmware_sim import constellation, eclipse, foster, orbit, sun
+from firmware_sim.battery import Battery
+from firmware_sim.board import Branch
+from firmware_sim.bus import AVIONICS, BUSES
+from firmware_sim.scenario import Payload, Scenario
+from firmware_sim.thermal import KELVIN
+
+SET_POINT_K = 0.5  # below the limit
+HORIZONS_S = np.array([30.0, 120.0, 480.0])  # of mission time: how far ahead the limit has to hold
+FLOOR_CAP = 0.05  # a board always keeps what telemetry and its own housekeeping need
+SOC_MARGIN = 0.10  # above its floor: there the cap begins to fall
+
+
+@dataclass(frozen=True)
+class Satellites:
+    """The n satellites that boards stand in for, in the order of the scenario's boards."""
+
+    nodes: tuple[str, ...]
+    constellation: constellation.Constellation
+    payload: Payload
+    platform_w: float
+    floor_soc: float
+    branches: tuple[Branch, ...]
+
+
+@dataclass(frozen=True)
+class State:
+    """After `bus.time_s` of mission time. Each array (n,), rises_k (branches, n).
+
+    `temp_c`: T_v; `payload_w`: P_v of the last step; `cap`: how much of the time each board may compute, 0 to 1.
+    """
+
+    bus: constellation.State
+    rises_k: np.ndarray
+    temp_c: np.ndarray
+    payload_w: np.ndarray
+    cap: np.ndarray
+
+
+def make(scenario: Scenario) -> Satellites:
+    """The satellites of a scenario's boards.  Raises: ValueError of the physics' own kinds."""
+    shape = scenario.constellation
+    every = orbit.walker(
+        shape.kind,
+        shape.altitude_km,
+        shape.inclination_deg,
+        shape.planes,
+        shape.per_plane,
+        shape.phasing,
+        shape.raan_deg,
+        shape.argument_deg,
+    )
+    chosen = [board.satellite for board in scenario.boards]
+    orbits = orbit.Orbits(
+        every.radius_km[chosen], every.inclination_rad[chosen], every.raan_rad[chosen], every.argument_rad[chosen]
+    )
+    power, payload = scenario.power, scenario.payload
+    battery = Battery(power.battery_wh, power.charge_efficiency, power.discharge_efficiency)
+    return Satellites(
+        tuple(board.node for board in scenario.boards),
+        constellation.Constellation(
+            orbits, sun.j2000_days(scenario.time.start), BUSES[scenario.bus.kind], battery, power.array_w
+        ),
+        payload,
+        power.platform_w,
+        power.floor_soc,
+        tuple(Branch(r, tau) for r, tau in zip(payload.r_k_per_w, payload.tau_s)),
+    )
+
+
+def start(satellites: Satellites, temp_c: float, soc: float) -> State:
+    """At time 0: the bus at one temperature, boards idle for long."""
+    count = len(satellites.nodes)
+    bus = constellation.start(satellites.constellation, temp_c, soc)
+    payload_w = np.full(count, _payload_w(satellites.payload, satellites.payload.idle_w))
+    rises_k = np.outer([branch.r_k_per_w for branch in satellites.branches], payload_w)
+    return State(bus, rises_k, temp_c + rises_k.sum(0), payload_w, np.ones(count))
+
+
+def _payload_w(payload: Payload, board_w: np.ndarray | float, gap_k: np.ndarray | float = 0.0) -> np.ndarray:
+    return np.maximum(payload.kappa * (np.asarray(board_w) - payload.fan_w) + payload.leak_w_per_k * gap_k, 0.0)
+
+
+def step(satellites: Satellites, state: State, board_w: np.ndarray, board_c: np.ndarray, dt_s: float) -> State:
+    """The state `dt_s` of mission time later.
+
+    board_w, board_c float64 [n]: mean measured power of the boards in that time and their die temperature now, in degrees
+    Celsius; NaN where it is not known. An unknown power counts as a board at work: not seeing a board is no reason to think
+    it cold. An unknown temperature leaves the leak out.
+    """
+    payload = satellites.payload
+    known_w = np.where(np.isnan(board_w), payload.busy_w, board_w)
+    gap_k = np.nan_to_num(state.temp_c - board_c, nan=0.0)
+    payload_w = _payload_w(payload, known_w, gap_k)
+    bus = state.bus
+    steps = max(1, int(np.ceil(dt_s / constellation.MAX_STEP_S)))
+    for _ in range(steps):
+        bus = constellation.step(satellites.constellation, bus, dt_s / steps, payload_w + satellites.platform_w)
+    rises_k = foster.filter_step(satellites.branches, state.rises_k, payload_w, dt_s)
+    temp_c = bus.temp_k[AVIONICS] - KELVIN + rises_k.sum(0)
+    after = replace(state, bus=bus, rises_k=rises_k, temp_c=temp_c, payload_w=payload_w)
+    return replace(after, cap=cap(satellites, after))
+
+
+def soc(satellites: Satellites, state: State) -> np.ndarray:
+    """State of charge, 0 to 1, (n,)."""
+    return state.bus.energy_j / satellites.constellation.battery.capacity_j
+
+
+def lit_share(state: State) -> np.ndarray:
+    """Visible share of the sun's disc, (n,): 0 in the umbra."""
+    return eclipse.lit_share(state.bus.limb_rad, state.bus.sun_rad)
+
+
+def cap(satellites: Satellites, state: State) -> np.ndarray:
+    """The largest duty in [FLOOR_CAP, 1], (n,), that keeps T_v at its set point and the battery above its floor.
+
+    At each horizon H the power is bounded by  T_av + sum_i [x_i e^(-H/tau_i) + R_i P (1 - e^(-H/tau_i))] <= limit - 0.5 K, with
+    the avionics node as it is now; the smallest bound counts, and goes to a duty by idle_w and busy_w. Near the battery's floor
+    the cap falls linearly to FLOOR_CAP.
+    """
+    payload = satellites.payload
+    r = np.array([branch.r_k_per_w for branch in satellites.branches])
+    decay = np.exp(-HORIZONS_S[:, None] / np.array([branch.tau_s for branch in satellites.branches]))  # [H, branches]
+    room_k = payload.limit_c - SET_POINT_K - (state.bus.temp_k[AVIONICS] - KELVIN) - decay @ state.rises_k  # [H, n]
+    allowed_w = (room_k / ((1.0 - decay) @ r)[:, None]).min(0)
+    board_w = allowed_w / max(payload.kappa, 1e-9) + payload.fan_w
+    heat = (board_w - payload.idle_w) / (payload.busy_w - payload.idle_w)
+    charge = (soc(satellites, state) - satellites.floor_soc) / SOC_MARGIN
+    return np.clip(np.minimum(heat, charge), FLOOR_CAP, 1.0)
