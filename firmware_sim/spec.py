@@ -4,7 +4,9 @@
 
 Instead of "pid_file" a board may have "load_trace": [[0, 0.2], [1.5, 1.0]], the load (0-1) from each time in s on, and with it
 "load_trace_repeat_s", after which the trace begins anew. Optional for each board: "ambient_c", "idle_w", "max_w"; "cores", how
-many of this machine's cores, kept busy by the agent, are the board's full load; "faults" (faults.py); "state_file", where the noiseless truth is written; "cap_file", from which a clock limit (0-1) is read.
+many of this machine's cores, kept busy by the agent, are the board's full load; "foster", the branches [[K/W, seconds], ...]
+that replace the profile's; "faults" (faults.py); "state_file", where the noiseless truth is written; "cap_file", from which a
+clock limit (0-1) is read.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from firmware_sim.board import Profile
+from firmware_sim.board import Branch, Profile
 from firmware_sim.faults import Fault, FaultError, parse
 from firmware_sim.profiles import PROFILES
 from node_agent.wire import WireError, check_id
@@ -25,6 +27,7 @@ RATE_HZ, MIN_RATE_HZ, MAX_RATE_HZ = 10.0, 0.1, 250.0
 MAX_BOARDS = 256
 MAX_SPEC_BYTES = 4 * 1024 * 1024
 MAX_TRACE = 100_000
+MAX_BRANCHES = 8
 KEYS = {
     "node",
     "profile",
@@ -36,6 +39,7 @@ KEYS = {
     "idle_w",
     "max_w",
     "cores",
+    "foster",
     "faults",
     "state_file",
     "cap_file",
@@ -151,6 +155,7 @@ def _board(entry: object, where: str) -> BoardSpec:
         idle_w=idle_w,
         max_w=_number(entry, "max_w", max(idle_w, profile.max_w), idle_w, 1000.0, where),
         cores=_number(entry, "cores", profile.cores, 0.01, 1024.0, where),
+        foster=_foster(entry["foster"], where) if "foster" in entry else profile.foster,
     )
     try:
         faults = parse(entry.get("faults", []), profile)
@@ -161,6 +166,18 @@ def _board(entry: object, where: str) -> BoardSpec:
         raise SpecError(f"{where} has both load_trace and pid_file; give one")
     files = [_path(entry, key, where) for key in ("pid_file", "state_file", "cap_file")]
     return BoardSpec(entry["node"], profile, sysroot, files[0], trace, faults, files[1], files[2])
+
+
+def _foster(branches: object, where: str) -> tuple[Branch, ...]:
+    if not isinstance(branches, list) or not 1 <= len(branches) <= MAX_BRANCHES:
+        raise SpecError(f"{where}: foster is no list of 1 to {MAX_BRANCHES} [K/W, seconds]")
+    for branch in branches:
+        plain = isinstance(branch, list) and len(branch) == 2
+        if not plain or not all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in branch):
+            raise SpecError(f"{where}: foster has {str(branch)[:40]!r}; give [K/W, seconds]")
+        if not (1e-3 <= branch[0] <= 1e3 and 0.01 <= branch[1] <= 1e6):
+            raise SpecError(f"{where}: foster has {str(branch)[:40]!r}; give 0.001 to 1000 K/W and 0.01 to 1e6 s")
+    return tuple(Branch(float(r_k_per_w), float(tau_s)) for r_k_per_w, tau_s in branches)
 
 
 def _path(entry: dict, key: str, where: str) -> Path | None:

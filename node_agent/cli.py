@@ -46,6 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     sensors = commands.add_parser("sensors", help="list the sensors found, and read each once")
     sensors.add_argument("--sysroot", type=Path, default=Path("/"), metavar="DIR", help="folder that /sys is below")
     sensors.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    sensors.add_argument(
+        "--rate", action="store_true", help="measure rates that no driver tells, by a burst of 0.5 s for each sensor"
+    )
     return parser
 
 
@@ -71,24 +74,17 @@ def _selftest(arguments: argparse.Namespace) -> int:
 
 
 def _sensors(arguments: argparse.Namespace) -> int:
-    import dataclasses
+    from node_agent import sensors, sensors_table
+    from node_agent.errors import ConfigError
 
-    from node_agent import sensors
-
+    if not arguments.sysroot.is_dir():
+        raise ConfigError(f"--sysroot {arguments.sysroot} is no folder: give the folder that /sys is below")
     found = sensors.find(arguments.sysroot)
-    samples = [sensors.read(sensor) for sensor in found.sensors]
-    total = [sensor.name for sensor in found.total]
+    rows = sensors_table.rows(found, arguments.rate)
     if arguments.json:
-        left_out = [{"path": str(item.path), "reason": item.reason} for item in found.left_out]
-        tree = {"sensors": [dataclasses.asdict(sample) for sample in samples], "total": total, "left_out": left_out}
-        print(json.dumps(tree, indent=1))
-        return EXIT_OK
-    for sample in samples:
-        value = "-" if sample.value is None else f"{sample.value:.3f}"
-        print(f"{sample.name:32} {value:>10} {sample.unit:5} {sample.validity:8} {sample.provenance:10} {sample.scope}")
-    print(f"total power: {' + '.join(total) or 'no sensor for it'}")
-    for item in found.left_out:
-        print(f"left out: {item.path}: {item.reason}")
+        print(json.dumps(sensors_table.as_tree(found, rows), indent=1))
+    else:
+        print(sensors_table.as_table(found, rows, arguments.sysroot))
     return EXIT_OK
 
 

@@ -696,12 +696,27 @@ def _until(condition) -> None:
         ({"load_trace": [[0, True]]}, "give .seconds, load."),
         ({"load_trace": [[0, 10**400]]}, "give .seconds, load."),
         ({"load_trace": [[0, 1], [5, 0]], "load_trace_repeat_s": 5}, "more than the last time"),
+        ({"foster": []}, "foster is no list of 1 to 8"),
+        ({"foster": [[1, 1]] * 9}, "foster is no list of 1 to 8"),
+        ({"foster": [[3.0]]}, "give .K/W, seconds."),
+        ({"foster": [[3.0, True]]}, "give .K/W, seconds."),
+        ({"foster": [[3.0, 0]]}, "give 0.001 to 1000 K/W"),
+        ({"foster": [[10**400, 8]]}, "give 0.001 to 1000 K/W"),
+        ({"foster": [[3.0, float("nan")]]}, "give 0.001 to 1000 K/W"),
     ],
 )
 def test_a_bad_board_is_refused_in_one_line(tmp_path, changes, message):
     with pytest.raises(SpecError, match=message) as caught:
         read_spec(spec_file(tmp_path, **changes))
     assert "\n" not in str(caught.value)
+
+
+def test_branches_of_a_spec_replace_the_profiles(tmp_path):
+    """By hand: 20 C + 2 W * (3 + 6) K/W = 38 C at rest; without the key the profile's 7.28 K/W stand."""
+    (board,) = read_spec(spec_file(tmp_path, foster=[[3, 1.5], [6, 8]], ambient_c=20.0)).boards
+    assert die_c(board.profile, board.profile.equilibrium(2.0)) == pytest.approx(38.0)
+    (plain,) = read_spec(spec_file(tmp_path)).boards
+    assert plain.profile.foster == PI.foster
 
 
 def test_a_bad_spec_is_refused_in_one_line(tmp_path):

@@ -7,16 +7,22 @@ Linux developer guide, "Power monitor" tables.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import math
 import os
-import threading
+import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from node_agent import cli, energy, sensors, telemetry
+from node_agent import cli, energy, sensors, sensors_table, sensors_tree, telemetry
 from node_agent.counters import Counters
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def write(folder: Path, **attributes: object) -> Path:
@@ -36,7 +42,7 @@ def hwmon(root: Path, number: int, name: str, **attributes: object) -> Path:
     return write(root / f"sys/class/hwmon/hwmon{number}", name=name, update_interval=2, **attributes)
 
 
-def orin_nano(root: Path) -> None:
+def orin_nano_power(root: Path) -> None:
     """JetPack 6: ina3221 at 1-0040 with the module's total on channel 1; in4..6 and in7 are shunt voltages in µV."""
     hwmon(
         root,
@@ -59,6 +65,10 @@ def orin_nano(root: Path) -> None:
         curr4_input=1840,
         shunt1_resistor=5000,
     )
+
+
+def orin_nano(root: Path) -> None:
+    orin_nano_power(root)
     zone(root, 0, "cpu-thermal", 48500)
     zone(root, 1, "gpu-thermal", -256000)
     zone(root, 2, "cv0-thermal", -256000)
@@ -146,7 +156,8 @@ def test_other_devices_are_no_total(tmp_path):
     hwmon(tmp_path, 0, "amdgpu", power1_input=20_000_000, power1_label="PPT")
     hwmon(tmp_path, 1, "rpi_volt", in0_lcrit_alarm=0)
     found = sensors.find(tmp_path)
-    assert [s.name for s in found.sensors] == ["power_w.ppt"] and found.total == ()
+    assert [s.name for s in found.sensors] == ["power_w.ppt", "flag.under_voltage_alarm"] and found.total == ()
+    assert found.total_scope == ""
 
 
 def test_number_of_hwmon_and_zone_does_not_matter_and_names_are_unique(tmp_path):
@@ -181,34 +192,11 @@ def test_what_cannot_be_read_has_no_value(tmp_path, content, validity):
     assert (sample.value, sample.validity) == (None, validity)
 
 
-def test_a_hung_read_costs_its_limit_once_and_comes_back(tmp_path):
-    """A FIFO without a writer hangs in open, as an offline zone's driver does."""
-    folder = zone(tmp_path, 0, "hung", 1)
-    zone(tmp_path, 1, "good", 30000)
-    (folder / "temp").unlink()
-    os.mkfifo(folder / "temp")
-    reader = sensors.TimedReader(limit_s=0.2)
-    hung, good = sensors.find(tmp_path).sensors
-    threads = threading.active_count()
-    for _ in range(20):
-        assert sensors.read(hung, reader).validity == "missing"
-        assert sensors.read(good, reader).value == 30.0
-    assert threading.active_count() <= threads + 2  # one hangs, one serves: not one more for each try
-    with open(folder / "temp", "w") as file:  # the driver returns
-        file.write("55000\n")
-    end = time.monotonic() + 10
-    while reader._hung[folder / "temp"].done() is False and time.monotonic() < end:
-        time.sleep(0.01)
-    (folder / "temp").unlink()
-    (folder / "temp").write_text("56000\n")
-    assert sensors.read(hung, reader).value == 56.0
-
-
 def test_provenance_is_simulated_below_any_other_root(tmp_path, monkeypatch):
     orin_nano(tmp_path)
     assert {sample.provenance for sample in read_all(tmp_path).values()} == {"simulated"}
     # the same files as if they were this machine's: powers are products, so derived; temperatures are measured
-    monkeypatch.setattr(sensors, "is_simulated", lambda sysroot: False)
+    monkeypatch.setattr(sensors_tree, "is_simulated", lambda sysroot: False)
     got = read_all(tmp_path)
     assert got["power_w.vdd_in"].provenance == "derived" and got["temp_c.cpu_thermal"].provenance == "measured"
 
@@ -245,10 +233,219 @@ def test_rapl_counts_across_its_wrap(tmp_path):
     assert meter.snapshot().energy_j == pytest.approx(2.0)
 
 
-def test_rapl_that_cannot_be_read_is_left_out_with_its_reason(tmp_path):
-    (rapl(tmp_path, 1) / "energy_uj").unlink()
+def test_rapl_without_its_range_or_counter_is_left_out_with_its_reason(tmp_path):
+    folder = rapl(tmp_path, 1)
+    (folder / "max_energy_range_uj").write_text("0\n")
     found = sensors.find(tmp_path)
-    assert found.total == () and "5.10" in found.left_out[0].reason
+    assert found.total == () and any("wrap would go unseen" in item.reason for item in found.left_out)
+    (folder / "energy_uj").unlink()
+    found = sensors.find(tmp_path)
+    assert found.total == () and any("no such file" in item.reason for item in found.left_out)
+
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def without_roots_rights() -> None:
+    """In a child before exec: modes count also where the tests run as root (prctl PR_CAPBSET_DROP of CAP_DAC_OVERRIDE and
+    CAP_DAC_READ_SEARCH, capabilities(7))."""
+    if os.geteuid() == 0 and any(LIBC.prctl(24, capability, 0, 0, 0) for capability in (1, 2)):
+        os._exit(77)
+
+
+def as_a_user(root: Path) -> dict:
+    """`node-agent sensors --json` without the right to read everything."""
+    done = subprocess.run(
+        [sys.executable, "-m", "node_agent.cli", "sensors", "--json", "--sysroot", str(root)],
+        preexec_fn=without_roots_rights,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    if done.returncode == 77:
+        pytest.skip("root's rights cannot be given up here")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_permission_denied_is_told_and_the_rest_is_read(tmp_path):
+    """energy_uj is root's alone since Linux 5.10 (CVE-2020-8694): here mode 000, so that its owner may not read it either."""
+    root = tmp_path
+    (rapl(root, 5) / "energy_uj").chmod(0)
+    (zone(root, 0, "cpu-thermal", 40000) / "temp").chmod(0)
+    zone(root, 1, "gpu-thermal", 41000)
+    orin_nano_power(root)
+    (root / "sys/class/hwmon/hwmon3/curr1_input").chmod(0)  # of VDD_IN
+    tree = as_a_user(root)
+    reasons = {item["path"].rpartition("sys/class/")[2]: item["reason"] for item in tree["left_out"]}
+    assert "5.10" in reasons["powercap/intel-rapl:0/energy_uj"]
+    assert "permission denied" in reasons["thermal/thermal_zone0/temp"]
+    assert "permission denied" in reasons["hwmon/hwmon3/in1_input"]
+    names = {sensor["name"]: sensor["value"] for sensor in tree["sensors"]}
+    assert names["temp_c.gpu_thermal"] == 41.0 and "temp_c.cpu_thermal" not in names
+    # its parts are still there, and are not taken for the whole
+    assert "power_w.vdd_soc" in names and tree["total"] == []
+
+
+def test_agx_orin_with_a_rail_missing_has_no_total(tmp_path):
+    """Three of four rails are less than the module; their sum would be a false number."""
+    hwmon(
+        tmp_path,
+        0,
+        "ina3221",
+        in1_label="VDD_GPU_SOC",
+        in1_input=19000,
+        curr1_input=200,
+        in2_label="VDD_CPU_CV",
+        in2_input=19000,
+        curr2_input=100,
+        in3_label="VIN_SYS_5V0",
+        in3_input=5000,
+        curr3_input=800,
+        in3_enable=0,
+    )
+    hwmon(tmp_path, 1, "ina3221", in2_label="VDDQ_VDD2_1V8AO", in2_input=5000, curr2_input=100)
+    found = sensors.find(tmp_path)
+    assert len(found.sensors) == 3 and found.total == ()
+    assert any("in3_enable" in item.reason for item in found.left_out)
+    assert any("no total" in item.reason for item in found.left_out)
+
+
+@pytest.mark.parametrize("power_file", [True, False])
+def test_jetpack_4_nano(tmp_path, power_file):
+    """NVIDIA Jetson Linux 32 guide, Jetson Nano: rails POM_5V_IN, POM_5V_GPU, POM_5V_CPU of 6-0040; mV, mA, mW."""
+    folder = tmp_path / "sys/bus/i2c/drivers/ina3221x/6-0040/iio:device0"
+    for n, (rail, volt, current) in enumerate(
+        [("POM_5V_IN", 5120, 420), ("POM_5V_GPU", 5112, 39), ("POM_5V_CPU", 5112, 156)]
+    ):
+        write(folder, **{f"rail_name_{n}": rail, f"in_voltage{n}_input": volt, f"in_current{n}_input": current})
+        if power_file:
+            write(folder, **{f"in_power{n}_input": volt * current // 1000})
+    found = sensors.find(tmp_path)
+    assert [(s.name, s.scope) for s in found.total] == [("power_w.pom_5v_in", "module")]
+    assert sensors.read(found.total[0]).value == pytest.approx(2.1504, abs=0.001)  # 5.12 V * 0.42 A
+    assert len(found.sensors) == 3
+
+
+def test_jetpack_4_agx_xavier_is_a_sum_over_two_devices_without_nc(tmp_path):
+    """Jetson AGX Xavier: 1-0040 GPU, CPU, SOC; 1-0041 CV, VDDRQ, SYS5V. TX2's second monitor has channels without a rail."""
+    base = tmp_path / "sys/bus/i2c/drivers/ina3221x"
+    write(base / "1-0040/iio:device0", rail_name_0="GPU", in_power0_input=304)
+    write(base / "1-0040/iio:device0", rail_name_1="CPU", in_power1_input=608)
+    write(base / "1-0040/iio:device0", rail_name_2="SOC", in_power2_input=1216)
+    write(base / "1-0041/iio:device1", rail_name_0="CV", in_power0_input=0)
+    write(base / "1-0041/iio:device1", rail_name_1="VDDRQ", in_power1_input=152)
+    write(base / "1-0041/iio:device1", rail_name_2="SYS5V", in_power2_input=1516)
+    write(base / "1-0042/iio:device2", rail_name_0="NC", in_power0_input=7)
+    found = sensors.find(tmp_path)
+    assert sum(sensors.read(s).value for s in found.total) == pytest.approx(3.796)  # mW by hand
+    assert "sum of its 6 rails" in found.total_scope and "without its carrier" in found.total_scope
+    assert [item.reason for item in found.left_out] == ["labelled NC: not connected"]
+
+
+def test_ina3221_by_its_driver_is_the_same_device_as_by_its_class(tmp_path):
+    """The paths of NVIDIA's guide alone, then with the class's link to the same device: one sensor each."""
+    device = tmp_path / "sys/devices/platform/c240000.i2c/i2c-1/1-0040"
+    write(device / "hwmon/hwmon3", name="ina3221", in1_label="VDD_IN", in1_input=5000, curr1_input=1000)
+    driver = tmp_path / "sys/bus/i2c/drivers/ina3221"
+    driver.mkdir(parents=True)
+    (driver / "1-0040").symlink_to("../../../../devices/platform/c240000.i2c/i2c-1/1-0040")
+    for _ in range(2):
+        found = sensors.find(tmp_path)
+        assert [s.name for s in found.sensors] == ["power_w.vdd_in"]
+        assert sensors.read(found.total[0]).value == 5.0
+        (tmp_path / "sys/class/hwmon").mkdir(parents=True, exist_ok=True)
+        link = tmp_path / "sys/class/hwmon/hwmon3"
+        link.exists() or link.symlink_to("../../devices/platform/c240000.i2c/i2c-1/1-0040/hwmon/hwmon3")
+
+
+def test_a_link_out_of_the_sysroot_is_not_followed(tmp_path):
+    """A simulated board whose links are absolute would show this machine's sensors as its own."""
+    outside = zone(tmp_path / "machine", 0, "cpu-thermal", 40000)
+    (tmp_path / "board/sys/class/thermal").mkdir(parents=True)
+    (tmp_path / "board/sys/class/thermal/thermal_zone0").symlink_to(outside)
+    folder = zone(tmp_path / "board", 1, "soc-thermal", 30000)
+    (folder / "temp").unlink()
+    (folder / "temp").symlink_to(outside / "temp")  # the kernel's attributes are no links
+    found = sensors.find(tmp_path / "board")
+    assert [sensors.read(s).validity for s in found.sensors] == ["missing"]
+    assert [item.reason for item in found.left_out] == ["a link that leads out of the sysroot"]
+
+
+def test_negative_current_is_a_negative_power(tmp_path):
+    """A battery that is charged through its meter: currents are signed in the kernel's documentation."""
+    hwmon(tmp_path, 0, "ina219", in1_input=8200, curr1_input=-500)
+    (sensor,) = sensors.find(tmp_path).total
+    assert sensors.read(sensor).value == pytest.approx(-4.1)
+
+
+def test_several_meters_are_no_total_until_one_is_labelled(tmp_path):
+    hwmon(tmp_path, 0, "ina226", power1_input=5_000_000)
+    hwmon(tmp_path, 1, "ina226", power1_input=1_000_000)
+    found = sensors.find(tmp_path)
+    assert [s.name for s in found.sensors] == ["power_w.ina226", "power_w.ina226_2"] and found.total == ()
+    assert any("2 meters" in item.reason for item in found.left_out)
+    # An INA3221 as an external meter of three loads: no channel is known to be the supply
+    hwmon(tmp_path, 0, "ina3221", in1_input=5000, curr1_input=100, in2_input=5000, curr2_input=200)
+    (tmp_path / "sys/class/hwmon/hwmon0/power1_input").unlink()
+    (tmp_path / "sys/class/hwmon/hwmon1/name").write_text("amdgpu\n")
+    found = sensors.find(tmp_path)
+    assert found.total == () and any("label that one VDD_IN" in item.reason for item in found.left_out)
+    write(tmp_path / "sys/class/hwmon/hwmon0", in2_label="VDD_IN")
+    assert [sensors.read(s).value for s in sensors.find(tmp_path).total] == [pytest.approx(1.0)]
+
+
+def test_rate_is_what_the_driver_says(tmp_path):
+    """ina3221.rst: update_interval is the whole conversion time in ms; 3 channels x 2 x 1.1 ms x 16 samples = 105.6 ms."""
+    folder = hwmon(tmp_path, 0, "ina3221", in1_label="VDD_IN", in1_input=5000, curr1_input=1000, samples=16)
+    write(folder, update_interval=106)
+    (sensor,) = sensors.find(tmp_path).sensors
+    assert sensor.rate_hz == pytest.approx(9.434, abs=0.001)
+    write(folder, update_interval=0)  # under half a millisecond, rounded
+    assert sensors.find(tmp_path).sensors[0].rate_hz is None
+    write(folder, update_interval=50000, samples=1024)  # the driver waits for new data in each read
+    found = sensors.find(tmp_path)
+    assert found.sensors == () and "lower `samples`" in found.left_out[0].reason
+
+
+def test_a_pc(tmp_path):
+    """coretemp.rst, k10temp.rst, sysfs-class-thermal: packages and Tdie, not every core, not Tctl, not the disk."""
+    zone(tmp_path, 0, "acpitz", 27800)
+    zone(tmp_path, 3, "x86_pkg_temp", 51000)
+    hwmon(tmp_path, 0, "acpitz", temp1_input=27800)
+    write(tmp_path / "sys/class/hwmon/hwmon1", name="coretemp")
+    for n, (label, temp) in enumerate([("Package id 0", 52000), ("Core 0", 50000), ("Core 1", 51000)], start=1):
+        write(tmp_path / "sys/class/hwmon/hwmon1", **{f"temp{n}_label": label, f"temp{n}_input": temp})
+    hwmon(tmp_path, 2, "k10temp", temp1_label="Tctl", temp1_input=77000, temp2_label="Tdie", temp2_input=50000)
+    hwmon(tmp_path, 4, "nvme", temp1_label="Composite", temp1_input=60000)
+    got = {name: sample.value for name, sample in read_all(tmp_path).items()}
+    assert got == {
+        "temp_c.acpitz": 27.8,
+        "temp_c.x86_pkg_temp": 51.0,
+        "temp_c.package_id_0": 52.0,
+        "temp_c.tdie": 50.0,
+    }
+    reasons = " ".join(item.reason for item in sensors.find(tmp_path).left_out)
+    assert all(word in reasons for word in ("acpitz once more", "2 single cores", "Tctl", "another part (nvme)"))
+
+
+def test_trip_points(tmp_path):
+    """sysfs-class-thermal: trip_point_N_temp in m°C, trip_point_N_type one of critical, hot, passive, active."""
+    folder = zone(tmp_path, 7, "tj-thermal", 40000)
+    write(folder, trip_point_0_temp=104500, trip_point_0_type="critical")
+    write(folder, trip_point_1_temp=97000, trip_point_1_type="passive", trip_point_1_hyst=0)
+    write(folder, trip_point_2_temp=-274000, trip_point_2_type="hot")  # THERMAL_TEMP_INVALID: not set
+    write(folder, trip_point_3_temp=0, trip_point_3_type="passive")
+    write(folder, trip_point_4_temp=50000, trip_point_4_type="nonsense")
+    write(folder, trip_point_5_temp="x" * 9, trip_point_5_type="active")
+    write(zone(tmp_path, 1, "PMIC-Die", 100000), trip_point_0_temp=60000, trip_point_0_type="passive")
+    points = sensors.trip_points(tmp_path)
+    assert [(p.zone, p.kind, p.temp_c) for p in points] == [
+        ("tj-thermal", "passive", 97.0),
+        ("tj-thermal", "critical", 104.5),
+    ]
+    assert sensors.trip_points(tmp_path / "nothing") == ()
 
 
 # ---------------------------------------------------------------- energy
@@ -329,8 +526,109 @@ def test_no_temperature_is_missing():
 
 def test_sensors_command(tmp_path, capsys):
     orin_nano(tmp_path)
+    zone(tmp_path, 20, "PMIC-Die" + "x" * 300, 100000)
     assert cli.main(["sensors", "--sysroot", str(tmp_path), "--json"]) == 0
     tree = json.loads(capsys.readouterr().out)
     assert tree["total"] == ["power_w.vdd_in"] and len(tree["sensors"]) == 7
+    assert tree["total_scope"] == "the module, without its carrier board"
+    keys = {"name", "value", "unit", "scope", "provenance", "validity", "rate_hz", "reason", "generated_at"}
+    assert all(keys <= set(sensor) for sensor in tree["sensors"])
+    vdd_in = next(sensor for sensor in tree["sensors"] if sensor["name"] == "power_w.vdd_in")
+    assert (vdd_in["rate_hz"], vdd_in["rate_source"]) == (500.0, "driver")  # update_interval 2 ms
+    assert all(set(item) == {"path", "reason"} for item in tree["left_out"])
     assert cli.main(["sensors", "--sysroot", str(tmp_path)]) == 0
-    assert "temp_c.tj_thermal" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "temp_c.tj_thermal" in text and "left out:" in text and "-256 degC is no possible value" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_table_stays_within_100_columns_for_the_longest_names(tmp_path, capsys):
+    hwmon(tmp_path, 0, "ina3221", in1_label="W" * 500, in1_input=26000, curr1_input=-163800, in2_label="\x1b[31mred")
+    write(tmp_path / "sys/class/hwmon/hwmon0", in2_input=1, curr2_input=1)
+    zone(tmp_path, 123456789, "z" * 4000, 1)
+    assert cli.main(["sensors", "--sysroot", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100 and "\x1b" not in text
+    assert "-4258.800" in text  # 26 V * -163.8 A
+
+
+def test_a_machine_without_sensors_says_so_and_a_missing_sysroot_is_an_error(tmp_path, capsys):
+    assert cli.main(["sensors", "--sysroot", str(tmp_path)]) == 0
+    assert "no sensors below" in capsys.readouterr().out
+    assert cli.main(["sensors", "--sysroot", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"sensors": [], "total": [], "total_scope": "", "left_out": []}
+    assert cli.main(["sensors", "--sysroot", str(tmp_path / "none")]) == 2
+    got = capsys.readouterr()
+    assert got.out == "" and got.err.count("\n") == 1 and "is no folder" in got.err
+
+
+def test_rate_by_a_burst_is_seen_only_where_values_change(tmp_path):
+    """Asked for with --rate: something new 40 times a second is seen at that rate or less; what never changes has none."""
+    new = sensors.Sensor("x", "W", "rail", "measured", (), 1.0, (0, 1e9), ask=lambda: (time.monotonic() * 40 // 1, 0.0))
+    assert 5 < sensors.measured_rate_hz(new, 0.5) <= 42
+    zone(tmp_path, 1, "stays", 1000)
+    (stays,) = sensors.find(tmp_path).sensors
+    assert sensors.measured_rate_hz(stays, 0.05) is None
+
+
+def test_this_machine_or_another_given_one():
+    """With SPACEMOE_TEST_SYSROOT=/ on a board: what is claimed reads, is named once, and is within what the unit can be."""
+    sysroot = os.environ.get("SPACEMOE_TEST_SYSROOT")
+    if not sysroot:
+        pytest.skip("SPACEMOE_TEST_SYSROOT is not set")
+    found = sensors.find(Path(sysroot))
+    names = [sensor.name for sensor in found.sensors]
+    assert len(set(names)) == len(names)
+    for sensor in found.sensors:
+        sample = sensors.read(sensor)
+        assert (sample.value is None) == (sample.validity in ("missing", "invalid"))
+        if sample.value is not None:
+            assert sensor.limits[0] <= sample.value <= sensor.limits[1]
+    assert {s.provenance == "simulated" for s in found.sensors} <= {sensors.is_simulated(Path(sysroot))}
+    assert len({s.scope for s in found.total}) <= 1
+    assert all(0 < point.temp_c <= 200 for point in sensors.trip_points(Path(sysroot)))
+
+
+def test_whatever_the_files_say_nothing_is_raised_and_nothing_is_made_up(tmp_path):
+    """A tree with every kind of sensor, of which some files are rubbish, gone, folders or links to themselves."""
+    chance = random.Random(5)
+    words = [
+        b"",
+        b"\xff\x00\x1b[2J",
+        b"-",
+        b"9" * 30,
+        b"1e9",
+        b"NC",
+        b"ina3221",
+        b"package-9",
+        b"7",
+        b"-7",
+        bytes(5000),
+    ]
+    for number in range(30):
+        root = tmp_path / str(number)
+        orin_nano(root)
+        rapl(root, 5)
+        hwmon(root, 9, "coretemp", temp1_label="Package id 0", temp1_input=5, temp2_label="Core 0", temp2_input=5)
+        write(root / "sys/bus/i2c/drivers/ina3221x/6-0040/iio:device0", rail_name_0="POM_5V_IN", in_power0_input=5)
+        hwmon(root, 4, "rpi_volt", in0_lcrit_alarm=0)
+        for path in sorted(root.rglob("*")):
+            if path.is_file() and chance.random() < 0.3:
+                kind = chance.randrange(5)
+                path.unlink()
+                if kind < 3:
+                    path.write_bytes(chance.choice(words))
+                elif kind == 3:
+                    path.mkdir()
+                elif chance.random() < 0.5:
+                    path.symlink_to(path.name)
+        found = sensors.find(root)
+        rows = sensors_table.rows(found)
+        for row in rows:
+            value, validity = row.sample.value, row.sample.validity
+            assert (value is None) == (validity in ("missing", "invalid")) == (row.reason is not None)
+            assert value is None or math.isfinite(value)
+        assert max(map(len, sensors_table.as_table(found, rows, root).splitlines())) <= 100
+        json.dumps(sensors_table.as_tree(found, rows), allow_nan=False)
+        assert all(math.isfinite(point.temp_c) for point in sensors.trip_points(root))
+        assert set(sensors.flags(found).values()) <= {True, False}
