@@ -12,14 +12,15 @@ import secrets
 import socket
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 
 import paho.mqtt.client as mqtt
+from paho.mqtt import MQTTException
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from ground_station.fleet import AskRebirth, Instant, NodeState, apply
+from ground_station.fleet import Action, AskHistory, Instant, NodeState, Taken, apply, reconnected
 from node_agent import wire
 
 log = logging.getLogger("spacemoe.control")
@@ -28,6 +29,8 @@ CONNECT_TIMEOUT_S = 10.0
 COMMAND_TIMEOUT_S = 5.0
 KEEPALIVE_S = 10
 MAX_NODES = 10_000
+MAX_ID_CHARS = 64
+MAX_ASKED = 256
 
 
 class ControlError(RuntimeError):
@@ -39,31 +42,62 @@ def now() -> Instant:
     return Instant(time.time(), time.monotonic())
 
 
+class _Client(mqtt.Client):
+    """paho's client, which lives on after a message that it cannot decode; `unreadable` is told."""
+
+    unreadable: Callable[[Exception], None]
+
+    def _handle_publish(self) -> mqtt.MQTTErrorCode:
+        """paho's own; but a message that it cannot decode (a property out of its range, which mosquitto passes on) is taken
+        off the broker's hands and dropped: paho ends the connection over it, again and again where the broker retains it."""
+        try:
+            return super()._handle_publish()
+        except MQTTException as error:
+            packet, qos = self._in_packet["packet"], self._in_packet["command"] >> 1 & 3
+            at = 2 + int.from_bytes(packet[:2], "big")
+            if len(packet) < at + 2 or qos > 1:
+                raise
+            self.unreadable(error)
+            return self._send_puback(int.from_bytes(packet[at : at + 2], "big")) if qos else mqtt.MQTT_ERR_SUCCESS
+
+
 class Control:
     """Connected between `start` and `stop` (or inside `with`). Every method may be called from any thread but paho's.
 
     Args:
         fleet: id of the fleet, part of every topic.
         clock: gives the time; injected so that tests can move it.
+        on_telemetry: called in paho's thread with (node, telemetry) for each message that comes for the first time, live or as
+            history, in the order of its arrival.
     Raises: wire.WireError for an illegal fleet id, ControlError from `start` when no broker answers.
     """
 
-    def __init__(self, fleet: str, host: str, port: int, clock: Callable[[], Instant] = now) -> None:
+    def __init__(
+        self,
+        fleet: str,
+        host: str,
+        port: int,
+        clock: Callable[[], Instant] = now,
+        on_telemetry: Callable[[str, Taken], None] | None = None,
+    ) -> None:
         self.topics = wire.Topics(fleet)
         self.host, self.port = host, port
         self._clock = clock
+        self._on_telemetry = on_telemetry
         self._states: dict[str, NodeState] = {}
         self._malformed: Counter[str] = Counter()
         self._pending: dict[str, list[wire.Result]] = {}
+        self._asked: deque[str] = deque(maxlen=MAX_ASKED)  # ids of what `_carry_out` sent: nobody waits for its answers
         # One lock for all of the above; notified whenever something changed.
         self._changed = threading.Condition()
         self._connected = False
         self._stopping = False
         self._refusal = ""
         # Two clients with one id would take turns in throwing each other out.
-        self._client = mqtt.Client(
+        self._client = _Client(
             mqtt.CallbackAPIVersion.VERSION2, client_id=f"ground-{fleet}-{secrets.token_hex(4)}", protocol=mqtt.MQTTv5
         )
+        self._client.unreadable = lambda error: self._drop("packet", error)
         self._client.reconnect_delay_set(min_delay=0.2, max_delay=2.0)
         self._client.will_set(self.topics.ground_status(), self._ground_status("offline"), qos=1, retain=True)
         self._client.on_socket_open = _no_delay
@@ -164,6 +198,18 @@ class Control:
             with self._changed:
                 del self._pending[identity]
 
+    def tell(self, node: str, name: str, arguments: dict[str, str], valid_s: float) -> bool:
+        """Sends a command without waiting for its answer; False when the broker is not connected."""
+        identity = secrets.token_hex(8)
+        with self._changed:
+            self._asked.append(identity)
+        return self._send(node, name, identity, valid_s, arguments)
+
+    def publish(self, topic: str, message: object) -> None:
+        """Publishes one of wire's messages, QoS 0: dropped while the broker is not connected."""
+        if self.connected:
+            self._client.publish(topic, wire.encode(message), qos=0)
+
     def _send(self, node: str, name: str, identity: str, timeout_s: float, arguments: dict[str, str]) -> bool:
         topic = self.topics.command(node, name)
         if not self.connected:
@@ -183,8 +229,20 @@ class Control:
         if reason.is_failure:
             self._set_link(False, f"refused: {reason}")
             return
-        leaves = (self.topics.birth, self.topics.status, self.topics.telemetry, self.topics.event, self.topics.result)
-        client.subscribe([(topic("+"), mqtt.SubscribeOptions(qos=1)) for topic in leaves])
+        with self._changed:
+            self._states = {node: reconnected(state) for node, state in self._states.items()}
+        topics = self.topics
+        leaves = (
+            topics.birth,
+            topics.status,
+            topics.telemetry,
+            topics.history,
+            topics.clock,
+            topics.event,
+            topics.result,
+        )
+        wanted = [*(topic("+") for topic in leaves), topics.ground_status()]
+        client.subscribe([(topic, mqtt.SubscribeOptions(qos=1)) for topic in wanted])
         client.publish(self.topics.ground_status(), self._ground_status("online"), qos=1, retain=True)
         self._set_link(True, "")
 
@@ -203,6 +261,9 @@ class Control:
 
     def _on_message(self, _client, _userdata, message: mqtt.MQTTMessage) -> None:
         try:
+            if message.topic == self.topics.ground_status():
+                self._own_status(message)
+                return
             node, leaf = self.topics.parse_node(message.topic)
             kind = wire.MESSAGE_OF_LEAF.get(leaf)
             if kind is None:
@@ -219,15 +280,30 @@ class Control:
             return
         if isinstance(content, wire.Result):
             self._take_result(content)
+        elif isinstance(content, wire.ClockQuery):
+            self._answer_clock(node, content)
         else:
             self._take(node, content, message.retain)
 
+    def _own_status(self, message: mqtt.MQTTMessage) -> None:
+        """Another ground station that goes, or the late will of an earlier one, must not make the nodes keep to themselves."""
+        if message.retain or not message.payload or self._stopping:
+            return
+        try:
+            status = wire.decode(wire.GroundStatus, message.payload)
+        except wire.WireError as error:
+            self._drop("ground status", error)
+            return
+        if status.status == "offline":
+            self._client.publish(self.topics.ground_status(), self._ground_status("online"), qos=1, retain=True)
+
     def _take_result(self, result: wire.Result) -> None:
         with self._changed:
-            # An answer to nobody here is one that came too late, or another ground station's.
             if result.id in self._pending:
                 self._pending[result.id].append(result)
                 self._changed.notify_all()
+            elif result.id not in self._asked:  # came too late, or is another ground station's: no reason for a warning
+                self._malformed["unasked result"] += 1
 
     def _take(self, node: str, content, retained: bool) -> None:
         with self._changed:
@@ -239,12 +315,37 @@ class Control:
         if full:
             self._drop("too many nodes", wire.WireError(f"{node} is over the limit of {MAX_NODES} nodes"))
             return
+        for taken in state.taken if self._on_telemetry is not None else ():
+            try:
+                self._on_telemetry(node, taken)
+            except Exception as error:  # an exception here would end paho's thread, and with it the control plane
+                self._drop("listener", error)
         for action in actions:
             self._carry_out(action)
 
-    def _carry_out(self, action: AskRebirth) -> None:
-        log.info("asking %s for a rebirth: %s", action.node, action.reason)
-        self._send(action.node, "rebirth", secrets.token_hex(8), COMMAND_TIMEOUT_S, {})
+    def _carry_out(self, action: Action) -> None:
+        if isinstance(action, AskHistory):
+            ranges = ",".join(f"{first}-{last}" for first, last in action.ranges)
+            log.info("asking %s for its history: %s", action.node, ranges[:100])
+            name, arguments = "history", {"run": str(action.run), "ranges": ranges}
+        else:
+            log.info("asking %s for a rebirth: %s", action.node, action.reason)
+            name, arguments = "rebirth", {}
+        identity = secrets.token_hex(8)
+        with self._changed:
+            self._asked.append(identity)
+        self._send(action.node, name, identity, COMMAND_TIMEOUT_S, arguments)
+
+    def _answer_clock(self, node: str, query: wire.ClockQuery) -> None:
+        """Both stamps are taken here: what the message waited in our own queues counts as its way."""
+        received_s = self._clock().utc_s
+        if len(query.id) > MAX_ID_CHARS:
+            self._drop("clock", wire.WireError(f"an id of {len(query.id)} characters"))
+            return
+        answered_s = self._clock().utc_s
+        stamps = {"received_at": f"{received_s:.6f}", "answered_at": f"{answered_s:.6f}"}
+        message = wire.Command("clock", query.id, answered_s + COMMAND_TIMEOUT_S, stamps)
+        self._client.publish(self.topics.command(node, "clock"), wire.encode(message), qos=0)
 
     def _drop(self, kind: str, error: Exception) -> None:
         with self._changed:

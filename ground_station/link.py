@@ -8,6 +8,7 @@ again. Loopback may be plain; any other address needs CURVE keys. Leaves out: wh
 from __future__ import annotations
 
 import ipaddress
+import re
 import time
 from dataclasses import dataclass, field
 from typing import Iterator
@@ -18,7 +19,11 @@ from ground_station.zmtp_router import QueueFull, Unreachable, ZmtpRouter
 from node_agent import frame, wire
 
 HELLO_GRACE_S = 5.0  # five heartbeats: a node that is silent for longer counts as gone
+# How a node's text begins when it takes no work to protect itself (node_agent.guard_loop.REFUSALS): it is there and well.
+_REFUSED = re.compile(r"[^:]{1,64}: (?:throttled|memory|guard): ")
 QUARANTINE_S = 0.5  # after a failure: HELLOs queued before it must not bring the node back
+TAKEN_AT_ONCE = 1024  # messages of one call: whoever sends without end must not keep the caller for ever
+FOR_GROUND = frozenset((frame.HELLO, frame.PARTIAL, frame.ERROR, frame.PONG))
 
 
 class LinkError(RuntimeError):
@@ -39,7 +44,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a node gave no answer: 'unreachable', 'late' or 'error' (with the node's own text)."""
+    """Why a node gave no answer: 'unreachable', 'late', 'refused' (it protects itself) or 'error', with the node's own text."""
 
     kind: str
     text: str = ""
@@ -58,6 +63,8 @@ def is_loopback(endpoint: str) -> bool:
 
 class _LibzmqRouter:
     """libzmq's ROUTER behind the interface of ZmtpRouter: for encrypted links and for ipc."""
+
+    dropped = None  # libzmq does not say
 
     def __init__(self, endpoint: str, curve_keys: tuple[bytes, bytes] | None):
         self._context = zmq.Context()
@@ -98,7 +105,7 @@ class _LibzmqRouter:
     def receive(self, timeout_s: float) -> Iterator[tuple[bytes, bytes | None]]:
         if timeout_s and not self._socket.poll(max(1, int(timeout_s * 1e3))):
             return
-        while True:
+        for _ in range(TAKEN_AT_ONCE):
             try:
                 parts = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
@@ -128,12 +135,18 @@ class Link:
             raise LinkError(f"{endpoint} is not loopback: give CURVE keys (docs: fleet init) or bind 127.0.0.1")
         self._router, self.endpoint = _open(endpoint, curve_keys)
         self.peers: dict[str, Peer] = {}
-        self.bad_frames = 0
+        self.bad_frames = 0  # no frames of ours, of nobody we know, or of a kind that is not for us
+        self.unasked_frames = 0  # answers that nobody waits for: late ones, and whatever else claims to be one
         self._wanted: dict[int, str] = {}
         self._names: dict[bytes, str] = {}  # routing id -> node, of nodes that have said HELLO
 
     def close(self) -> None:
         self._router.close()
+
+    @property
+    def dropped_connections(self) -> dict[str, int] | None:
+        """Connections that were closed for what came over them, by kind; None for a link whose library does not say."""
+        return None if self._router.dropped is None else dict(self._router.dropped)
 
     def __enter__(self) -> Link:
         return self
@@ -215,23 +228,26 @@ class Link:
                 del self._wanted[error.request_id]
                 results[waiting] = Failure("error", str(error))
             return
-        self._seen(node, received)
-        if results is not None and self._wanted.get(received.request_id) == node:
-            if received.kind == frame.PARTIAL:
-                results[node] = received
-            elif received.kind == frame.ERROR:
-                results[node] = Failure("error", received.text)
-            else:
-                return
-            del self._wanted[received.request_id]
+        if not self._seen(node, received) or received.kind == frame.HELLO:
+            return
+        wanted = results is not None and self._wanted.get(received.request_id) == node
+        if wanted and received.kind == frame.PARTIAL:
+            results[node] = received
+        elif wanted and received.kind == frame.ERROR:
+            results[node] = Failure("error", received.text)
+        else:
+            self.unasked_frames += 1
+            return
+        del self._wanted[received.request_id]
 
-    def _seen(self, node: str, received: frame.Frame) -> None:
+    def _seen(self, node: str, received: frame.Frame) -> bool:
+        """Notes a sign of life; False for a frame that is counted as bad."""
         now = time.monotonic()
         peer = self.peers.get(node)
-        if peer is None:
+        if received.kind not in FOR_GROUND or peer is None:
             if received.kind != frame.HELLO or len(self.peers) >= 65_000:
                 self.bad_frames += 1
-                return
+                return False
             peer = self.peers[node] = Peer(node, len(self.peers) + 1)
             self._names[node.encode()] = node
         peer.last_seen_s = now
@@ -243,3 +259,4 @@ class Link:
                 self._router.send(node.encode(), frame.pack(welcome))
             except (QueueFull, Unreachable):
                 peer.up = False
+        return True

@@ -14,9 +14,9 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Iterable
+from typing import Callable, Iterable, Mapping
 
 from ground_station.link import Link
 from ground_station.placement import Holding
@@ -33,11 +33,16 @@ class FleetError(RuntimeError):
 
 @dataclass(frozen=True)
 class Board:
-    """A simulated board: node id, profile of firmware_sim, memory that placement may fill."""
+    """A simulated board: node id, profile of firmware_sim, memory that placement may fill.
+
+    `simulated`: further keys of firmware_sim.spec (ambient, faults); `guard`: the agent's table [guard].
+    """
 
     node: str
     profile: str
     memory_bytes: int
+    simulated: Mapping[str, object] = field(default_factory=dict)
+    guard: Mapping[str, float] = field(default_factory=dict)
 
 
 def demo_boards(count: int = 4) -> tuple[Board, ...]:
@@ -56,9 +61,11 @@ def cores_of(nodes: Iterable[str]) -> dict[str, int]:
     return {node: cores[index % len(cores)] for index, node in enumerate(sorted(nodes))}
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(parent: int) -> None:
     """In the child before exec: SIGTERM when the parent goes, so that not even kill -9 leaves agents behind."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it went before this took effect
+        os._exit(1)
 
 
 def _spawn(arguments: list[str], log: Path, keep: Callable[[subprocess.Popen], None], core: int | None = None) -> None:
@@ -68,10 +75,11 @@ def _spawn(arguments: list[str], log: Path, keep: Callable[[subprocess.Popen], N
     stop us are held meanwhile.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    parent = os.getpid()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
     def in_child() -> None:
-        _die_with_parent()
+        _die_with_parent(parent)
         if core is not None:
             os.sched_setaffinity(0, {core})
             # A batch process that wakes up does not push aside who woke it: the ground station hands out a layer's work to all
@@ -140,6 +148,8 @@ class LocalFleet:
                 "broker": {"host": broker[0], "port": broker[1]},
                 "data": {"endpoint": data_endpoint},
             }
+            if node in self._boards and self._boards[node].guard:
+                tables["guard"] = dict(self._boards[node].guard)
             text = ""
             for table, values in tables.items():
                 text += f"[{table}]\n" + "".join(f"{key} = {_toml(value)}\n" for key, value in values.items()) + "\n"
@@ -166,10 +176,12 @@ class LocalFleet:
             home = self.run_dir / node
             boards.append(
                 {
+                    **board.simulated,
                     "node": node,
                     "profile": board.profile,
                     "sysroot": str(home / "sysroot"),
                     "pid_file": str(home / "agent.pid"),
+                    "state_file": str(self.truth_file(node)),
                 }
             )
         spec = self.run_dir / "simulation.json"
@@ -181,6 +193,10 @@ class LocalFleet:
             if self.simulator.poll() is not None or time.monotonic() > end:
                 raise FleetError(self._why("the board simulator", self.run_dir / "simulation.log"))
             time.sleep(0.02)
+
+    def truth_file(self, node: str) -> Path:
+        """Where the simulator writes a board's noiseless state (JSON)."""
+        return self.run_dir / node / "truth.json"
 
     def start(self, node: str) -> None:
         """Starts (or starts again) a node's agent."""

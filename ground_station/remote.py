@@ -180,9 +180,13 @@ class RemoteExperts:
     def _climb_down(
         self, layer: int, hidden: np.ndarray, failed: list[tuple[dispatch.Work, Failure]], total: np.ndarray, t: int
     ) -> np.ndarray:
-        """Retry, then other copies, then skip. Returns the gate mass [T] that was lost."""
-        again = [(item, failure) for item, failure in failed if failure.kind == "unreachable"]
-        retried = [(item, failure) for item, failure in failed if failure.kind != "unreachable"]
+        """Retry, then other copies, then skip. Returns the gate mass [T] that was lost.
+
+        Who is unreachable or refuses is not asked again; who refuses, to protect itself, stays in use for the next layer.
+        """
+        once = ("unreachable", "refused")
+        again = [(item, failure) for item, failure in failed if failure.kind in once]
+        retried = [(item, failure) for item, failure in failed if failure.kind not in once]
         for item, failure in retried:
             for expert in np.unique(item.pairs["expert"]).tolist():
                 self._note("retry", layer, expert, item.node, f"{failure.kind}: {failure.text}")
@@ -191,7 +195,8 @@ class RemoteExperts:
         lost = np.zeros(t, np.float64)
         while again:
             for item, failure in again:
-                self.link.mark_down(self.table.nodes[item.node], failure)
+                if failure.kind != "refused":
+                    self.link.mark_down(self.table.nodes[item.node], failure)
                 usable[item.node] = False
             usable = [here and self.link.is_up(node) for here, node in zip(usable, self.table.nodes)]
             reason = "; ".join(sorted({f"{self.table.nodes[i.node]} {f.kind}" for i, f in again}))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import selectors
 import socket
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Iterator
 
@@ -57,6 +57,7 @@ class ZmtpRouter:
         self._shaking: set[_Connection] = set()
         self._received: deque[tuple[bytes, bytes | None]] = deque()
         self._unnamed = 0
+        self.dropped: Counter[str] = Counter()  # connections that ended by our will, by kind
         self.port: int = self._listener.getsockname()[1]
 
     def close(self) -> None:
@@ -105,6 +106,7 @@ class ZmtpRouter:
         except OSError:  # gone again, or no descriptor is left: the next try may do better
             return
         if len(self._shaking) >= MAX_SHAKING or len(self._named) >= MAX_CONNECTIONS:
+            self.dropped["too many"] += 1
             accepted.close()
             return
         accepted.setblocking(False)
@@ -131,6 +133,7 @@ class ZmtpRouter:
     def _end_stalled_handshakes(self) -> None:
         oldest_s = time.monotonic() - HANDSHAKE_S
         for connection in [one for one in self._shaking if one.began_s < oldest_s]:
+            self.dropped["stalled"] += 1
             self._drop(connection)
 
     def _write(self, connection: _Connection, data: bytes) -> None:
@@ -176,6 +179,7 @@ class ZmtpRouter:
             while (got := incoming.take()) is not None:
                 self._frame(connection, *got)
         except zmtp.ZmtpError:
+            self.dropped["protocol"] += 1
             self._drop(connection)
 
     @staticmethod

@@ -15,12 +15,14 @@ from importlib import metadata
 
 import psutil
 
-from node_agent import energy, experts, sensors, telemetry, wire
+from node_agent import burn, energy, experts, guard_loop, sensors, telemetry, wire
 from node_agent.config import Config
 from node_agent.control import Control
 from node_agent.counters import Counters
 from node_agent.dataplane import DataPlane
-from node_agent.errors import DataPlaneError
+from node_agent.errors import CommandError, DataPlaneError, GuardError
+from node_agent.pacing import Pacer
+from node_agent.watchdog import Notifier, Watchdog
 
 log = logging.getLogger("node_agent")
 
@@ -52,7 +54,8 @@ class Agent:
     def __init__(self, config: Config):
         """Loads the shards.  Raises: AgentError, shard.BundleError."""
         self.config = config
-        self.counters = Counters()
+        serving = burn.Serving()
+        self.counters = Counters(serving=serving)
         self._memory_bytes = memory_limit_bytes(config)
         bundle = config.bundle
         self.experts = experts.load(bundle.path, bundle.shards, self._memory_bytes, bundle.threads)
@@ -62,11 +65,20 @@ class Agent:
         self._started_s = time.monotonic()
         self._stop = threading.Event()
         self._publishing = threading.Lock()
-        self._meter = energy.EnergyMeter(self.found, config.telemetry.sample_hz)
-        self._link = DataPlane(config.node.id, config.link, self.experts, self.counters, self._bad_frame)
+        self._meter = energy.EnergyMeter(self.found, config.telemetry.sample_hz, self.counters)
+        pacer = Pacer()
+        self._link = DataPlane(config.node.id, config.link, self.experts, self.counters, self._bad_frame, pacer)
+        self._guard = guard_loop.GuardLoop(
+            config.guard, config.node.sysroot, self.found, self.counters, pacer, self._event
+        )
+        self._burn = burn.Burn(self.experts, serving, pacer, self._event)
+        self._notifier = Notifier()
+        self._beat_s = time.monotonic()
         self._control = None
         if config.broker is not None:
-            self._control = Control(config, config.broker, self.counters, self._birth, self._command)
+            self._control = Control(
+                config, config.broker, self.counters, self._birth, self._command, on_heard=self._guard.heard
+            )
 
     def stop(self) -> None:
         self._stop.set()
@@ -76,11 +88,13 @@ class Agent:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         with ExitStack() as stack:
             stack.enter_context(self._meter)
+            stack.enter_context(self._guard)
             stack.enter_context(self._link)
             if self._control is None:
                 log.warning("no [broker] in the configuration: neither telemetry nor commands")
             else:
                 stack.enter_context(self._control)
+            stack.enter_context(self._burn)  # after the control plane: it ends before, and can still say so
             node = self.config.node
             counts = f"{len(self.experts.hosted)} shards, {len(self.found.sensors)} sensors"
             text = f"{node.id}: {counts}, data plane {self.config.link.endpoint}"
@@ -89,8 +103,13 @@ class Agent:
             self.samples(time.time())  # percentages and means are since the last reading: this is the first
             period_s = self.config.telemetry.period_s
             ground_said = ""
-            due_s = time.monotonic() + period_s
+            stack.enter_context(Watchdog(self._notifier, self._hung, lambda: self._guard.decision.text, self._on_hang))
+            self._beat_s = time.monotonic()
+            due_s = self._beat_s + period_s
             while not self._stop.wait(max(0.0, due_s - time.monotonic())):
+                self._beat_s = time.monotonic()
+                if not self._guard.alive:
+                    raise GuardError(f"the guard ended ({self._guard.failed!r}): start the agent again") from None
                 if not self._link.alive:
                     raise DataPlaneError(
                         f"the data plane ended ({self._link.failed!r}): start the agent again"
@@ -99,6 +118,23 @@ class Agent:
                 ground_said = self._say_ground(ground_said)
                 due_s = max(due_s + period_s, time.monotonic())  # after a delay: go on, without a burst
         log.info("stopped %s", self.config.node.id)
+
+    def _hung(self) -> str:
+        """What does not come round any more, or an empty text; asked by the watchdog's thread."""
+        now_s, hang_s = time.monotonic(), self.config.guard.hang_s
+        for name, beat_s, patience_s in (
+            ("the data plane", self._link.beat_s, hang_s),
+            ("the guard", self._guard.beat_s, hang_s),
+            ("the telemetry loop", self._beat_s, hang_s + self.config.telemetry.period_s),
+        ):
+            if now_s - beat_s > patience_s:
+                return f"{name} hangs: it has not come round for {patience_s:g} s"
+        return ""
+
+    def _on_hang(self, text: str) -> None:
+        if "guard" in text:  # nobody watches the temperature
+            self._guard.give_up()
+        self._event("critical", "hang", text)
 
     def _say_ground(self, said: str) -> str:
         """Logs once that the ground station is there, or that it is not there yet; returns what has been said."""
@@ -112,12 +148,16 @@ class Agent:
             return "waiting"
         return said
 
-    def _publish(self) -> None:
-        """Telemetry now: from the loop each period, and from paho's thread for the command `sample`."""
+    def _publish(self, asked: bool = False) -> None:
+        """Telemetry now: from the loop each period, and from paho's thread for the command `sample` (`asked`)."""
         if self._control is not None:
             with self._publishing:
-                now = time.time()
-                self._control.telemetry(self.samples(now), now)
+                self.counters.reporting.enter("telemetry")
+                try:
+                    now = time.time()
+                    self._control.telemetry((*self.samples(now), *self._control.samples(now)), now, asked)
+                finally:
+                    self.counters.reporting.leave()
 
     def samples(self, generated_at: float) -> tuple[wire.Sample, ...]:
         """What telemetry says now."""
@@ -130,7 +170,7 @@ class Agent:
             time.monotonic() - self._started_s,
             self._simulated,
             generated_at,
-        )
+        ) + self._guard.samples(generated_at)
 
     def _birth(self, bd_seq: int) -> wire.Birth:
         config = self.config
@@ -150,16 +190,31 @@ class Agent:
         )
 
     def _command(self, name: str, arguments: dict[str, str]) -> tuple[bool, str]:
+        self._guard.heard()
         if name == "stop":
             self.stop()
             return True, "stopping"
+        if name == "duty":
+            try:
+                return True, self._guard.order(arguments)
+            except CommandError as error:
+                return False, str(error)
+        if name == "burn":
+            try:
+                return True, self._burn.order(arguments)
+            except CommandError as error:
+                return False, str(error)
         if name == "sample":  # joules up to this moment: what the ledger of one text is made of
             self._meter.sample()
-            self._publish()
+            self._publish(asked=True)
             return True, "telemetry published"
-        return False, f"command {name[:40]!r} is unknown to this agent: use rebirth, ping, sample or stop"
+        return False, f"command {name[:40]!r} is unknown to this agent: use rebirth, ping, sample, duty, burn or stop"
 
     def _bad_frame(self, kind: str, text: str) -> None:
+        if kind in guard_loop.REFUSALS:
+            log.warning("first work refused: %s", text)
+            self._event("warning", "refused", text)
+            return
         log.warning("first data-plane error of kind %s: %s", kind, text)
         self._event("warning", "bad_frame", f"{kind}: {text}")
 

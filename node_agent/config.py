@@ -80,6 +80,26 @@ class TelemetryConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """How the board protects itself. Duties are shares of time spent computing, 0-1.
+
+    `temp_limit_c` None: from the board's trip points. `hysteresis_k`: how far under the set point heat stops being a cause.
+    `floor_duty`: the least that heat leaves; `unknown_duty`: without a valid temperature; `silent_duty`: once the ground
+    station has been silent for `silent_s`, or has let its cap run out. `memory_floor_mb` 0: memory is not guarded.
+    `hang_s`: a loop that does not come round for so long hangs, and systemd is told no more that all is well.
+    """
+
+    temp_limit_c: float | None = None
+    hysteresis_k: float = 2.0
+    floor_duty: float = 0.05
+    unknown_duty: float = 0.3
+    silent_s: float = 30.0
+    silent_duty: float = 0.5
+    memory_floor_mb: int = 64
+    hang_s: float = 30.0
+
+
+@dataclass(frozen=True)
 class Config:
     """The whole file. `broker` None: this node has no control plane, it only serves the data plane."""
 
@@ -88,6 +108,7 @@ class Config:
     broker: BrokerConfig | None
     link: LinkConfig
     telemetry: TelemetryConfig
+    guard: GuardConfig = GuardConfig()
 
 
 class _Table:
@@ -244,13 +265,27 @@ def _link(table: _Table) -> LinkConfig:
     return link
 
 
+def _guard(table: _Table) -> GuardConfig:
+    default = GuardConfig()
+    return GuardConfig(
+        table.number("temp_limit_c", 30, 120, default.temp_limit_c),
+        table.number("hysteresis_k", 0.1, 30, default.hysteresis_k),
+        table.number("floor_duty", 0.0, 1.0, default.floor_duty),
+        table.number("unknown_duty", 0.0, 1.0, default.unknown_duty),
+        table.number("silent_s", 1, 86_400, default.silent_s),
+        table.number("silent_duty", 0.0, 1.0, default.silent_duty),
+        table.number("memory_floor_mb", 0, 2**24, default.memory_floor_mb, whole=True),
+        table.number("hang_s", 1, 3600, default.hang_s),
+    )
+
+
 def parse(text: str, base: Path) -> Config:
     """Configuration in `text`; relative paths are below `base`.  Raises: ConfigError."""
     try:
         tree = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"not TOML: {error}: correct that line") from None
-    known = {"node": True, "bundle": False, "broker": False, "data": True, "telemetry": False}
+    known = {"node": True, "bundle": False, "broker": False, "data": True, "telemetry": False, "guard": False}
     for name in tree:
         if name not in known:
             raise ConfigError(f"[{name}] is unknown: use {', '.join(known)}")
@@ -266,6 +301,7 @@ def parse(text: str, base: Path) -> Config:
         _broker(tables["broker"]) if "broker" in tree else None,
         _link(tables["data"]),
         TelemetryConfig(telemetry.number("period_s", 0.05, 3600, 1.0), telemetry.number("sample_hz", 0.1, 1000, 10.0)),
+        _guard(tables["guard"]),
     )
     for name, table in tables.items():
         if name in tree:

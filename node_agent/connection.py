@@ -14,6 +14,7 @@ import ssl
 import threading
 from typing import Any, Callable
 
+from paho.mqtt import MQTTException
 from paho.mqtt import client as mqtt
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
@@ -28,12 +29,14 @@ KEEPALIVE_S = 10
 RECONNECT_S = (0.2, 2.0)
 CONNECT_TIMEOUT_S = 3.0
 STOP_WAIT_S = 0.4
+NO_SUBSCRIBERS = 0x10  # MQTT 5, section 3.4.2.1: a PUBACK may say so
 
 
 class _Client(mqtt.Client):
     """Tells when its loop has ended, for whatever reason: an exception in a callback would end it without a callback."""
 
     ended: Callable[[Exception | None], None]
+    unreadable: Callable[[Exception], None]
 
     def loop_forever(self, *args: Any, **kwargs: Any) -> mqtt.MQTTErrorCode:
         failure: Exception | None = None
@@ -44,6 +47,19 @@ class _Client(mqtt.Client):
             return mqtt.MQTTErrorCode.MQTT_ERR_UNKNOWN
         finally:
             self.ended(failure)
+
+    def _handle_publish(self) -> mqtt.MQTTErrorCode:
+        """paho's own; but a message that it cannot decode (a property out of its range, which mosquitto passes on) is taken
+        off the broker's hands and dropped: paho ends the connection over it, again and again where the broker retains it."""
+        try:
+            return super()._handle_publish()
+        except MQTTException as error:
+            packet, qos = self._in_packet["packet"], self._in_packet["command"] >> 1 & 3
+            at = 2 + int.from_bytes(packet[:2], "big")
+            if len(packet) < at + 2 or qos > 1:
+                raise
+            self.unreadable(error)
+            return self._send_puback(int.from_bytes(packet[at : at + 2], "big")) if qos else mqtt.MQTT_ERR_SUCCESS
 
 
 class Connection:
@@ -75,6 +91,7 @@ class Connection:
         self._ended = threading.Event()
         self._taken = False
         self._reported: set[str] = set()
+        self.unheard: set[int] = set()  # message ids of this connection that the broker had no subscriber for
         self._thread = threading.Thread(target=self._run, name="broker", daemon=True)
 
     def __enter__(self) -> Connection:
@@ -113,6 +130,7 @@ class Connection:
         """One connection from its first try to its end; True when the broker had taken it."""
         self._ended.clear()
         client = self._client = self._make_client()
+        self.unheard.clear()
         properties = Properties(PacketTypes.CONNECT)
         properties.MaximumPacketSize = wire.MAX_MESSAGE_BYTES + 4096
         try:
@@ -165,9 +183,11 @@ class Connection:
         if self._tls is not None:
             client.tls_set_context(self._tls)
         client.ended = self._loop_ended
+        client.unreadable = self._unreadable
         client.on_socket_open = self._socket_open
         client.on_connect = self._connected
         client.on_disconnect = self._disconnected
+        client.on_publish = self._published
         client.on_message = lambda client, userdata, message: self._received(message)
         return client
 
@@ -196,10 +216,19 @@ class Connection:
                 "closed", f"broker closes the connection before it answers ({reason}): check cert, key and the port"
             )
 
+    def _published(self, client: mqtt.Client, userdata: Any, mid: int, reason: Any, properties: Any) -> None:
+        if reason.value == NO_SUBSCRIBERS:
+            self.unheard.add(mid)
+        else:
+            self.unheard.discard(mid)  # ids are used again
+
     def _loop_ended(self, failure: Exception | None) -> None:
         if failure is not None:
             self._report("internal", f"control plane: {failure!r}: connecting again; report this")
         self._ended.set()
+
+    def _unreadable(self, error: Exception) -> None:
+        self._report("packet", f"a message that MQTT does not allow is dropped ({error})")
 
     def _report(self, kind: str, text: str) -> None:
         """One line for the first of a kind since the last good connection; every one is counted."""

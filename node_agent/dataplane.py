@@ -7,6 +7,7 @@ Leaves out: what an expert is (experts.py) and the layout of frames (frame.py).
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -17,13 +18,14 @@ from typing import Callable
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from node_agent import compress, frame
+from node_agent import compress, frame, pacing
 from node_agent.config import Z85_PATTERN, LinkConfig
 from node_agent.counters import Counters
 from node_agent.errors import ConfigError, UnknownExpertError
 from node_agent.experts import Experts
+from node_agent.pacing import Pacer, Request
 from node_agent.shard import atomic_file
-from node_agent.zmtp import HandshakeError, ZmtpDealer
+from node_agent.zmtp import HandshakeError, OversizedError, ZmtpDealer
 
 HELLO_PERIOD_S = 1.0
 HELLO_RETRY_S = 0.1  # while there is no connection
@@ -82,6 +84,7 @@ class Service:
         where = (request.request_id, request.source, request.layer)
         if request.layer not in self._experts.layers:
             return self._refuse("layer", f"layer {request.layer} is not on this node: ask for its birth again", *where)
+        self._counters.serving.enter("compute")
         try:
             partial = self._experts.run(request.layer, request.x, request.pairs)
         except UnknownExpertError as error:
@@ -90,6 +93,8 @@ class Service:
             return self._refuse("shape", str(error), *where)
         except Exception as error:  # onnxruntime's exceptions have no common base; a node serves on
             return self._refuse("compute", f"{type(error).__name__}: {str(error)[:FIRST_ERROR_CHARS]}", *where)
+        finally:
+            self._counters.serving.enter("radio")
         computed_ns = time.perf_counter_ns()
         try:
             payload = compress.encode(request.reply_codec, partial)
@@ -117,6 +122,10 @@ class Service:
         counters.compute_s += compute_ns / 1e9
         counters.codec_s += codec_ns / 1e9
         return reply
+
+    def refuse_work(self, request: Request, kind: str, text: str) -> bytes:
+        """The answer to a request that is not computed to protect the board: 'throttled', 'memory' or 'guard'."""
+        return self._refuse(kind, f"{kind}: {text}", request.request_id, request.source, request.layer)
 
     def count(self, kind: str, text: str) -> None:
         if Counters.count(self._counters.link_errors, kind):
@@ -193,6 +202,8 @@ class _LibzmqDealer:
 
     def receive(self, wait_s: float) -> bytes | None:
         try:
+            if 0 < wait_s < WAIT_MS / 1000 and not self._socket.poll(math.ceil(wait_s * 1000)):
+                return None
             return self._socket.recv() if wait_s else self._socket.recv(zmq.NOBLOCK)
         except zmq.Again:
             return None
@@ -211,9 +222,20 @@ class _LibzmqDealer:
 class DataPlane:
     """The loop: one thread that owns the socket. Use as a context manager; `failed` holds what ended it early."""
 
-    def __init__(self, node: str, link: LinkConfig, experts: Experts, counters: Counters, on_first_error: OnError):
+    def __init__(
+        self,
+        node: str,
+        link: LinkConfig,
+        experts: Experts,
+        counters: Counters,
+        on_first_error: OnError,
+        pacer: Pacer | None = None,
+    ):
+        """`pacer`: holds the duty cap; without one there is none."""
         self.service = Service(node, experts, counters, on_first_error)
+        self.pacer = pacer or Pacer()
         self.failed: Exception | None = None
+        self.beat_s = time.monotonic()  # when the loop came round last
         self.public_key = ""
         self._node, self._link, self._counters = node, link, counters
         self._keys = own_key(link.secret_key_file) if link.server_public_key else None
@@ -270,13 +292,20 @@ class DataPlane:
         pause_s = HELLO_RETRY_S
         try:
             while not self._stop.is_set():
+                self.beat_s = time.monotonic()
+                waiting: deque[tuple[int, bytes]] = deque()
                 try:
                     with self._dial_plain() if plain else _LibzmqDealer(self._open(context)) as link:
                         pause_s = HELLO_RETRY_S
-                        self._serve(link)
+                        self._serve(link, waiting)
                 except OSError as error:
+                    self._counters.serving.leave()
+                    for _ in waiting:
+                        self.service.count("unanswered", f"the link failed before a frame's turn came: {error}")
                     if isinstance(error, HandshakeError):
                         self.service.count("handshake", f"{self._link.endpoint}: {error}")
+                    elif isinstance(error, OversizedError):
+                        self.service.count("oversized", str(error))
                     self._stop.wait(pause_s)
                     pause_s = min(2 * pause_s, MAX_RETRY_S)
         except Exception as error:  # the agent reports it and exits: a node without a data plane is no node
@@ -291,12 +320,14 @@ class DataPlane:
             host.strip("[]"), int(port), self._node.encode(), frame.MAX_FRAME_BYTES, CONNECT_TIMEOUT_MS / 1000
         )
 
-    def _serve(self, link: ZmtpDealer | _LibzmqDealer) -> None:
-        """Serves until a stop, or until the link has to be made anew.  Raises: OSError when a plain link fails."""
-        waiting: deque[tuple[int, bytes]] = deque()
+    def _serve(self, link: ZmtpDealer | _LibzmqDealer, waiting: deque[tuple[int, bytes]]) -> None:
+        """Serves until a stop, or until the link has to be made anew; `waiting` keeps what had no answer by then.
+
+        Raises: OSError when a plain link fails.
+        """
         next_hello_s = 0.0
         while not self._stop.is_set():
-            now_s = time.monotonic()
+            self.beat_s = now_s = time.monotonic()
             if now_s >= next_hello_s:
                 if not link.alive(now_s):
                     return
@@ -306,14 +337,42 @@ class DataPlane:
                 if data is None:
                     continue
                 waiting.append((time.perf_counter_ns(), data))
+            self._counters.serving.enter("radio")  # and compute inside, while experts run
             self._drain(link, waiting)
+            if self.pacer.limited:
+                self._serve_limited(link, waiting)
+            else:
+                received_ns, data = waiting.popleft()
+                self._send(link, self.service.answer(data, received_ns))
+            self._counters.serving.leave()
+
+    def _serve_limited(self, link: ZmtpDealer | _LibzmqDealer, waiting: deque[tuple[int, bytes]]) -> None:
+        """One frame at most, as the duty cap allows; or a short wait, which ends when another frame comes."""
+        plan = self.pacer.plan(waiting, time.perf_counter_ns())
+        waiting.clear()
+        waiting.extend(plan.order)
+        for request, kind, text in plan.refused:
+            self._counters.bytes_in += request.size
+            self._send(link, self.service.refuse_work(request, kind, text))
+        if plan.wait_s:
+            self._counters.serving.leave()
+            data = link.receive(min(plan.wait_s, WAIT_MS / 1000))
+            if data is not None:
+                waiting.append((time.perf_counter_ns(), data))
+        elif waiting:
             received_ns, data = waiting.popleft()
+            started_ns = time.perf_counter_ns()
             reply = self.service.answer(data, received_ns)
-            if reply is not None:
-                if link.send(reply):
-                    self._counters.bytes_out += len(reply)
-                else:
-                    Counters.count(self._counters.link_errors, "unsent")
+            if pacing.peek(data) is not None:
+                self.pacer.computed(started_ns, time.perf_counter_ns())
+            self._send(link, reply)
+
+    def _send(self, link: ZmtpDealer | _LibzmqDealer, reply: bytes | None) -> None:
+        if reply is not None:
+            if link.send(reply):
+                self._counters.bytes_out += len(reply)
+            else:
+                Counters.count(self._counters.link_errors, "unsent")
 
     @staticmethod
     def _drain(link: ZmtpDealer | _LibzmqDealer, waiting: deque[tuple[int, bytes]]) -> None:

@@ -30,5 +30,13 @@ class AlreadyRunningError(AgentError, RuntimeError):
     """Another agent uses the same state folder."""
 
 
+class CommandError(AgentError, ValueError):
+    """A command's arguments cannot be used."""
+
+
+class GuardError(AgentError, RuntimeError):
+    """The guard's thread ended by itself: the board would be without protection."""
+
+
 class DataPlaneError(AgentError, RuntimeError):
     """The data plane's thread ended by itself."""

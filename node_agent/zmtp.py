@@ -31,6 +31,10 @@ class HandshakeError(ZmtpError):
     """Somebody answers, but not a plain ZeroMQ of our kind: waiting will not mend that."""
 
 
+class OversizedError(ZmtpError):
+    """A message is longer than this link takes: it is not read, and the connection is of no use any more."""
+
+
 def check_greeting(greeting: bytes) -> None:
     """Raises: HandshakeError unless these 64 bytes are a greeting of ZMTP 3 without encryption."""
     if greeting[0] != 0xFF or greeting[9] != 0x7F or greeting[10] < 3:
@@ -83,7 +87,7 @@ class FrameBuffer:
         self._max_bytes = max_bytes
 
     def whole(self) -> tuple[int, int] | None:
-        """(start, end) of the first frame's body if all of it is here.  Raises: ZmtpError for one that is too long."""
+        """(start, end) of the first frame's body if all of it is here.  Raises: OversizedError."""
         data = self.data
         if len(data) < 2:
             return None
@@ -93,7 +97,7 @@ class FrameBuffer:
                 return None
             start, size = 9, int.from_bytes(data[1:9], "big")
         if size > self._max_bytes:
-            raise ZmtpError(f"a message of {size} bytes is over the limit of {self._max_bytes}")
+            raise OversizedError(f"a message of {size} bytes is over the limit of {self._max_bytes}")
         return (start, start + size) if len(data) >= start + size else None
 
     def take(self) -> tuple[int, bytes] | None:

@@ -442,6 +442,19 @@ def test_a_gap_makes_the_node_be_asked_for_a_rebirth(broker, peer, control):
 
 
 @pytest.mark.broker
+def test_an_old_death_certificate_does_not_kill_a_reborn_node(broker, peer, control):
+    node = peer()
+    announce(node, bd_seq=5)
+    node.publish(f"{ROOT}/node/n1/telemetry", telemetry_json(0, bd_seq=5))
+    assert control.wait_for(["n1"], WAIT_S) == set()
+    node.publish(f"{ROOT}/node/n1/status", status_json("offline", bd_seq=4))
+    until(lambda: control.snapshot()["n1"].counts.deaths_ignored == 1)
+    assert control.snapshot()["n1"].online and control.wait_for(["n1"], 0.0) == set()
+    node.publish(f"{ROOT}/node/n1/status", status_json("offline", bd_seq=5))  # its own does
+    until(lambda: not control.snapshot()["n1"].online)
+
+
+@pytest.mark.broker
 def test_command_gets_the_answer_that_carries_its_id(broker, peer, control):
     node = peer(f"{ROOT}/node/n1/command/+")
 
@@ -515,6 +528,18 @@ def test_ground_status_is_retained_and_its_will_fires(broker, peer):
     station.send_signal(signal.SIGKILL)
     station.wait()
     assert json.loads(watcher.wait(topic, 2)[1][0])["status"] == "offline"
+
+
+@pytest.mark.broker
+def test_a_second_ground_station_that_goes_does_not_silence_the_nodes(broker, peer, control):
+    topic = f"{ROOT}/ground/status"
+    watcher = peer(topic)
+    with Control("test", broker.host, broker.port):
+        pass
+    until(lambda: [json.loads(part[0])["status"] for part in watcher.received[topic]][-2:] == ["offline", "online"])
+    assert json.loads(peer(topic).wait(topic)[0][0])["status"] == "online"
+    watcher.publish(topic, b"{", retain=False)  # rubbish is counted
+    until(lambda: control.malformed.get("ground status") == 1)
 
 
 @pytest.mark.broker

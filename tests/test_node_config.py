@@ -18,6 +18,7 @@ BASE = {
     "broker": {"host": "127.0.0.1", "port": 1884},
     "data": {"endpoint": "tcp://127.0.0.1:5555"},
     "telemetry": {"period_s": 2, "sample_hz": 50.0},
+    "guard": {"temp_limit_c": 75, "silent_s": 20, "memory_floor_mb": 100},
 }
 
 
@@ -39,11 +40,13 @@ def test_a_good_file():
     assert (got.broker.host, got.broker.port, got.broker.ca) == ("127.0.0.1", 1884, None)
     assert got.link == config.LinkConfig("tcp://127.0.0.1:5555")
     assert (got.telemetry.period_s, got.telemetry.sample_hz) == (2.0, 50.0)
+    assert got.guard == config.GuardConfig(temp_limit_c=75.0, silent_s=20.0, memory_floor_mb=100)
 
 
 def test_what_may_be_left_out():
     got = parse({"node": {"id": "a", "fleet": "b", "state_dir": "/s"}, "data": BASE["data"]})
     assert got.broker is None and got.bundle.path is None and got.telemetry.period_s == 1.0
+    assert got.guard == config.GuardConfig() and got.guard.temp_limit_c is None
     assert got.node.state_dir == Path("/s") and got.node.memory_limit_mb is None
 
 
@@ -83,6 +86,16 @@ def test_what_may_be_left_out():
         ("data", {"server_public_key": "short", "secret_key_file": "k"}, "key of 40 characters"),
         ("telemetry", {"period_s": 0}, "[telemetry] period_s"),
         ("telemetry", {"sample_hz": "fast"}, "[telemetry] sample_hz"),
+        ("guard", {"temp_limit_c": 20}, "a number of 30 to 120"),
+        ("guard", {"temp_limit_c": True}, "temp_limit_c is 'True'"),
+        ("guard", {"hysteresis_k": 0}, "[guard] hysteresis_k is '0'"),
+        ("guard", {"floor_duty": -0.1}, "a number of 0 to 1"),
+        ("guard", {"unknown_duty": 1.1}, "a number of 0 to 1"),
+        ("guard", {"silent_duty": "half"}, "silent_duty is 'half'"),
+        ("guard", {"silent_s": 0.5}, "a number of 1 to 86400"),
+        ("guard", {"memory_floor_mb": 1.5}, "an integer of 0"),
+        ("guard", {"hang_s": 0}, "[guard] hang_s"),
+        ("guard", {"temp_limit": 80}, "'temp_limit', which is unknown"),
     ],
 )
 def test_a_bad_field_is_named_with_what_to_give(table, fields, said):

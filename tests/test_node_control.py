@@ -20,7 +20,7 @@ from node_rig import HIDDEN, WAIT_S, AgentProcess, Ground, Observer, agent_table
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from ground_station.broker import find_mosquitto
+from ground_station.broker import Broker, find_mosquitto
 from node_agent import config, frame, shard, wire
 from node_agent.births import BirthCounter
 from node_agent.control import Control
@@ -398,3 +398,34 @@ def test_birth_of_a_large_node_fits_a_message():
     one = wire.HostedShard(47, 127, "int4", "f" * 64)
     birth = wire.Birth("n" * 32, 2**40, "1", "b", 1.0, (), (one,) * 1536, "bundle", 2**40, "tcp://127.0.0.1:1")
     assert len(wire.encode(birth)) < wire.MAX_MESSAGE_BYTES
+
+
+def test_joules_of_requests_are_divided_and_add_up(bundle, mosquitto, tmp_path):
+    """A simulated board of 3 W that takes 9 W while it serves: the parts are those of the requests, to the last bit."""
+    folder = tmp_path / "sys/class/hwmon/hwmon0"
+    folder.mkdir(parents=True)
+    for name, value in {"name": "ina226", "update_interval": 5, "power1_input": 3_000_000, "curr1_input": 600}.items():
+        (folder / name).write_text(f"{value}\n")
+    with Broker(tmp_path, "mosquitto") as broker, Ground() as ground, Observer(broker.host, broker.port) as observer:
+        tables = agent_tables(tmp_path, ground.endpoint, bundle, broker)
+        tables["node"]["sysroot"] = str(tmp_path)
+        with AgentProcess(tmp_path, tables):
+            observer.next("telemetry", lambda tree: names(tree)["power_baseline_w"]["value"] is not None)
+            before = names(observer.next("telemetry"))
+            (folder / "new").write_text("9000000\n")
+            (folder / "new").replace(folder / "power1_input")
+            count, end_s = 0, time.monotonic() + 1.0
+            while time.monotonic() < end_s:
+                assert served(ground).kind == frame.PARTIAL
+                count += 1
+            assert ask(observer, "sample")["ok"]
+            after = names(observer.next("telemetry", lambda tree: names(tree)["requests_served"]["value"] == count))
+    kinds = ("energy_compute_j", "energy_radio_j", "energy_idle_j", "energy_telemetry_j")
+    for sample in (before, after):
+        parts = [sample[kind]["value"] for kind in kinds]
+        assert parts[0] + parts[1] + parts[2] + parts[3] == sample["energy_j"]["value"]
+        assert {sample[kind]["provenance"] for kind in kinds} == {"simulated"}
+    assert before["power_baseline_w"]["value"] == pytest.approx(3.0)
+    assert after["energy_compute_j"]["value"] > 0 and after["energy_radio_j"]["value"] > 0
+    assert after["energy_cost_percent"]["value"] < 5 and after["energy_rate_hz"]["value"] > 5
+    assert after["history_owed"]["value"] == 0
