@@ -25,6 +25,7 @@ from firmware_sim.thermal import KELVIN
 SET_POINT_K = 0.5  # below the limit
 HORIZONS_S = np.array([30.0, 120.0, 480.0])  # of mission time: how far ahead the limit has to hold
 FLOOR_CAP = 0.05  # a board always keeps what telemetry and its own housekeeping need
+EXCESS_S = 120.0
 SOC_MARGIN = 0.10  # above its floor: there the cap begins to fall
 
 
@@ -44,7 +45,8 @@ class Satellites:
 class State:
     """After `bus.time_s` of mission time. Each array (n,), rises_k (branches, n).
 
-    `temp_c`: T_v; `payload_w`: P_v of the last step; `cap`: how much of the time each board may compute, 0 to 1.
+    `temp_c`: T_v; `payload_w`: P_v of the last step; `cap`: how much of the time each board may compute, 0 to 1; `excess_w`: by
+    how much a board draws more than idle_w, busy_w and its cap say (smoothed over EXCESS_S): other programs, a wrong idle_w.
     """
 
     bus: constellation.State
@@ -52,6 +54,7 @@ class State:
     temp_c: np.ndarray
     payload_w: np.ndarray
     cap: np.ndarray
+    excess_w: np.ndarray
 
 
 def make(scenario: Scenario) -> Satellites:
@@ -91,7 +94,7 @@ def start(satellites: Satellites, temp_c: float, soc: float) -> State:
     bus = constellation.start(satellites.constellation, temp_c, soc)
     payload_w = np.full(count, _payload_w(satellites.payload, satellites.payload.idle_w))
     rises_k = np.outer([branch.r_k_per_w for branch in satellites.branches], payload_w)
-    return State(bus, rises_k, temp_c + rises_k.sum(0), payload_w, np.ones(count))
+    return State(bus, rises_k, temp_c + rises_k.sum(0), payload_w, np.ones(count), np.zeros(count))
 
 
 def _payload_w(payload: Payload, board_w: np.ndarray | float, gap_k: np.ndarray | float = 0.0) -> np.ndarray:
@@ -115,7 +118,9 @@ def step(satellites: Satellites, state: State, board_w: np.ndarray, board_c: np.
         bus = constellation.step(satellites.constellation, bus, dt_s / steps, payload_w + satellites.platform_w)
     rises_k = foster.filter_step(satellites.branches, state.rises_k, payload_w, dt_s)
     temp_c = bus.temp_k[AVIONICS] - KELVIN + rises_k.sum(0)
-    after = replace(state, bus=bus, rises_k=rises_k, temp_c=temp_c, payload_w=payload_w)
+    over_w = np.maximum(known_w - payload.idle_w - state.cap * (payload.busy_w - payload.idle_w), 0.0)
+    excess_w = over_w + (state.excess_w - over_w) * np.exp(-dt_s / EXCESS_S)
+    after = replace(state, bus=bus, rises_k=rises_k, temp_c=temp_c, payload_w=payload_w, excess_w=excess_w)
     return replace(after, cap=cap(satellites, after))
 
 
@@ -133,15 +138,15 @@ def cap(satellites: Satellites, state: State) -> np.ndarray:
     """The largest duty in [FLOOR_CAP, 1], (n,), that keeps T_v at its set point and the battery above its floor.
 
     At each horizon H the power is bounded by  T_av + sum_i [x_i e^(-H/tau_i) + R_i P (1 - e^(-H/tau_i))] <= limit - 0.5 K, with
-    the avionics node as it is now; the smallest bound counts, and goes to a duty by idle_w and busy_w. Near the battery's floor
-    the cap falls linearly to FLOOR_CAP.
+    the avionics node as it is now; the smallest bound counts, and goes to a duty by idle_w, busy_w and the excess. Near the
+    battery's floor the cap falls linearly to FLOOR_CAP.
     """
     payload = satellites.payload
     r = np.array([branch.r_k_per_w for branch in satellites.branches])
     decay = np.exp(-HORIZONS_S[:, None] / np.array([branch.tau_s for branch in satellites.branches]))  # [H, branches]
     room_k = payload.limit_c - SET_POINT_K - (state.bus.temp_k[AVIONICS] - KELVIN) - decay @ state.rises_k  # [H, n]
     allowed_w = (room_k / ((1.0 - decay) @ r)[:, None]).min(0)
-    board_w = allowed_w / max(payload.kappa, 1e-9) + payload.fan_w
+    board_w = allowed_w / max(payload.kappa, 1e-9) + payload.fan_w - state.excess_w
     heat = (board_w - payload.idle_w) / (payload.busy_w - payload.idle_w)
     charge = (soc(satellites, state) - satellites.floor_soc) / SOC_MARGIN
     return np.clip(np.minimum(heat, charge), FLOOR_CAP, 1.0)

@@ -18,6 +18,7 @@ from typing import Callable
 
 import numpy as np
 
+from firmware_sim.scenario import Scenario
 from ground_station import selection
 from ground_station.broker import Broker
 from ground_station.control import Control
@@ -57,6 +58,7 @@ class Options:
     keep: Path | None = None
     ledger: Path | None = None
     parity: bool = True
+    scenario: Scenario | None = None
 
 
 Show = Callable[[str], None]
@@ -113,12 +115,18 @@ def run(options: Options, show: Show) -> dict:
     policy = _policy(options, manifest)
     if options.ledger is not None:
         _write_ledger(options.ledger, [])  # a path that cannot be written is told now, not after the last token
-    boards = demo_boards(options.nodes)
+    scenario = options.scenario
+    if scenario is None:
+        boards = demo_boards(options.nodes)
+    else:
+        from ground_station import scenario_demo  # needs scipy, which the plain demo does without
+
+        boards = scenario_demo.boards(scenario)
     holdings = round_robin(
         manifest,
         {board.node: board.memory_bytes for board in boards},
         options.precision,
-        (options.replica,) if options.replica and options.nodes > 1 else (),
+        (options.replica,) if options.replica and len(boards) > 1 else (),
     )
     table = Table(holdings)
     names = set(table.nodes)
@@ -144,6 +152,7 @@ def run(options: Options, show: Show) -> dict:
         recorder = selection.Recorder(policy)
         decoder = Decoder(trunk, recorder, remote, manifest.eos_ids)
         before = _energy_j(control, names)
+        course = None if scenario is None else stack.enter_context(scenario_demo.Course(scenario, control, fleet))
         costs, logits = _stream(
             decoder, options, prompt_ids, text, show, _price_updates(policy, options, table, control)
         )
@@ -161,7 +170,16 @@ def run(options: Options, show: Show) -> dict:
         if not fleet.simulating:  # the sensor files stand still: what agents read there is not true any more
             states, before = {}, dict.fromkeys(names)
             show("the board simulator has ended: temperatures, power and joules are unknown\n")
-        return _ledger(options, text, costs, before, after, remote, table, states, parity, broker.kind)
+        result = _ledger(options, text, costs, before, after, remote, table, states, parity, broker.kind)
+        if course is not None:
+            again = Decoder(trunk, _policy(options, manifest), remote, manifest.eos_ids)
+            result["scenario"] = course.run(
+                lambda: list(again.generate(prompt_ids, options.tokens, options.sampling, ignore_eos=True)),
+                lambda: (control.stop(), link.close()),
+                (broker.host, broker.port),
+                show,
+            )
+        return result
 
 
 def _policy(options: Options, manifest: shard.Manifest) -> selection.Policy:
@@ -353,4 +371,8 @@ def report(result: dict) -> str:
             f"parity with one process: {verdict}, {parity['tokens_equal']} of {parity['tokens']} tokens, "
             f"largest logit difference {parity['max_logit_diff']:g}"
         )
+    if "scenario" in result:
+        from ground_station import scenario_demo
+
+        lines += ["", scenario_demo.table(result["scenario"])]
     return "\n".join(lines)

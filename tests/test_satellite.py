@@ -110,6 +110,18 @@ def test_all_four_pass_through_the_shadow_one_after_the_other():
     assert (dark * 10 / 60 > 25).all() and (dark * 10 / 60 < 36).all()  # minutes; 35.6 at most (PHYSICS, 550 km)
 
 
+def test_a_board_that_draws_more_than_its_cap_says_is_capped_further():
+    satellites = ring(limit_c=90.0)
+    state = satellite.start(satellites, 20.0, 0.9)
+    hottest = -math.inf
+    for _ in range(3000):
+        watts = 3.0 + 5.0 * state.cap + np.array([0.4, 0.2, 0.0, 0.0])  # another program on the first two boards
+        state = satellite.step(satellites, state, watts, np.full(4, 50.0), 10.0)
+        hottest = max(hottest, float(state.temp_c.max()))
+    assert state.excess_w == pytest.approx([0.4, 0.2, 0.0, 0.0], abs=1e-6)
+    assert hottest < 90.0 and state.cap[0] < state.cap[2]
+
+
 def test_an_empty_battery_caps_too():
     satellites = ring(battery_wh=10.0, array_w=0.0, limit_c=190.0)
     state, _, _ = flown(satellites, 0.05)
