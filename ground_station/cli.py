@@ -93,6 +93,11 @@ def parser() -> argparse.ArgumentParser:
         help="of the boards, for budgeted (default: %(default)s °C)",
     )
     demo.add_argument("--nodes", type=_positive, default=4, help="simulated boards (default: %(default)s)")
+    demo.add_argument(
+        "--scenario",
+        metavar="FILE",
+        help="virtual satellites for the boards: a scenario file, or one of the kit's by name (hot-eclipse)",
+    )
     demo.add_argument("--broker", default="auto", help="auto, mosquitto, embedded or HOST:PORT (default: %(default)s)")
     demo.add_argument("--keep", type=Path, metavar="DIR", help="keep logs and simulated boards in DIR")
     demo.add_argument("--ledger", type=Path, metavar="FILE", help="write one JSON line per token to FILE")
@@ -123,6 +128,25 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--limit-bytes", type=_positive, help="use only that much text of each domain")
     evaluate.add_argument("--threads", type=_positive, default=2)
 
+    calibrate = command("calibrate", "run a power step on a board and fit its Foster network on line", _calibrate)
+    calibrate.add_argument("node", metavar="NODE", help="id of the board's node")
+    where = calibrate.add_mutually_exclusive_group()
+    where.add_argument("--broker", default="127.0.0.1:1883", metavar="HOST:PORT", help="default: %(default)s")
+    where.add_argument("--simulated", metavar="PROFILE", help="try it on a simulated board of this profile")
+    calibrate.add_argument("--fleet", default="demo", help="default: %(default)s")
+    for name, default, help in (
+        ("settle-s", 1800.0, "idle so long at most before the step"),
+        ("window-s", 120.0, "of the drift's measurement"),
+        ("drift", 0.2, "K/min: a board that drifts less is at rest"),
+        ("step-s", 1200.0, "the step's seconds"),
+        ("cool-s", 0.0, "watch it cool for so long"),
+    ):
+        calibrate.add_argument(f"--{name}", type=float, default=default, help=f"{help} (default: %(default)s)")
+    calibrate.add_argument("--branches", type=_positive, default=2, help="of the network (default: %(default)s)")
+    calibrate.add_argument("--output", type=Path, metavar="FILE", help="write a TOML fragment for a scenario")
+    calibrate.add_argument("--bundle", type=Path, help="of a simulated board (default: the reference model)")
+    calibrate.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+
     benchmark = commands.add_parser("benchmark", help="measure speed, side by side, with spread")
     kinds = benchmark.add_subparsers(dest="kind", metavar="KIND", required=True)
     decode = command("decode", "one process beside agents on this machine, interleaved", _benchmark_decode, kinds)
@@ -151,6 +175,16 @@ def parser() -> argparse.ArgumentParser:
     decode.add_argument(
         "--trunk-threads", type=_positive, default=2, help="of the trunk beside agents (default: %(default)s)"
     )
+    simulate = command("sim", "a constellation's physics for one orbit: seconds and memory", _benchmark_sim, kinds)
+    simulate.add_argument("--satellites", type=_positive, default=10_000, help="default: %(default)s")
+    simulate.add_argument("--step-s", type=float, default=10.0, help="default: %(default)s s, at most 10")
+    simulate.add_argument("--rounds", type=_positive, default=5, help="counted rounds (default: %(default)s)")
+    simulate.add_argument(
+        "--accelerator",
+        choices=("auto", "numba", "none"),
+        default="auto",
+        help="auto takes numba where it is installed (extra sim-fast)",
+    )
     return root
 
 
@@ -158,6 +192,16 @@ def _sampling_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     sub.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default: %(default)s)")
     sub.add_argument("--seed", type=int, default=0, help="of sampling and of the random policy (default: %(default)s)")
+
+
+def _scenario(name: str):
+    try:
+        from ground_station import scenario_demo
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--scenario needs {error.name}, which is not installed: pip install 'spacemoe-kit[sim]'"
+        ) from None
+    return scenario_demo.find(name)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -180,6 +224,7 @@ def _demo(args: argparse.Namespace) -> int:
         keep=args.keep,
         ledger=args.ledger,
         parity=not args.no_parity,
+        scenario=_scenario(args.scenario) if args.scenario else None,
     )
     quiet = args.json
     try:
@@ -290,6 +335,35 @@ def _evaluate(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _calibrate(args: argparse.Namespace) -> int:
+    import contextlib
+
+    from ground_station import calibrate, calibrate_report, power_step
+    from ground_station.broker import Broker
+
+    options = power_step.Options(
+        args.node, args.fleet, args.settle_s, args.window_s, args.drift, args.step_s, args.cool_s, args.branches
+    )
+    if args.dry_run:
+        steps = calibrate.plan(options)
+        print(json.dumps({"plan": steps}) if args.json else "\n".join(steps))
+        return EXIT_OK
+    if args.output is not None:
+        calibrate_report.check_writable(args.output)
+    with contextlib.ExitStack() as stack:
+        if args.simulated:
+            source = calibrate.simulated(args.simulated, args.node, _bundle(args), args.fleet)
+            host, port = stack.enter_context(source)
+        else:
+            broker = Broker(Path(), "external", external=args.broker)
+            host, port = broker.host, broker.port
+        result = calibrate.calibrate(options, host, port)
+    if args.output is not None:
+        calibrate_report.write(args.output, calibrate_report.fragment(result))
+    print(json.dumps(result) if args.json else calibrate_report.report(result))
+    return EXIT_OK
+
+
 def _benchmark_decode(args: argparse.Namespace) -> int:
     import contextlib
     import tempfile
@@ -341,6 +415,25 @@ def _benchmark_decode(args: argparse.Namespace) -> int:
         )
     print(f"overhead {result['overhead_ms_per_layer']:.3f} ms per layer; breakdown of a distributed token in ms:")
     print("  " + ", ".join(f"{name} {value:.2f}" for name, value in result["breakdown_ms"].items()))
+    return EXIT_OK
+
+
+def _benchmark_sim(args: argparse.Namespace) -> int:
+    from firmware_sim import benchmark
+
+    result = benchmark.as_dict(benchmark.sim(args.satellites, args.step_s, args.accelerator, args.rounds))
+    if args.json:
+        print(json.dumps(result))
+        return EXIT_OK
+    spread = result["spread"]
+    print(f"{result['satellites']} satellites, {result['steps']} steps of {result['step_s']:g} s, one orbit:")
+    print(
+        f"{result['seconds']:.2f} s (min {spread['min']:.2f}, max {spread['max']:.2f}, n {result['n']}), "
+        f"{result['cpu_s']:.2f} s of processor time, accelerator {result['accelerator']}"
+    )
+    print(f"memory: {result['peak_mb']:.0f} MB in all, {result['step_peak_mb']:.1f} MB of it for the satellites")
+    if spread["max"] > 1.3 * spread["min"]:
+        print("unsteady: the rounds differ by more than 30 %, the machine was busy; go by the processor time")
     return EXIT_OK
 
 

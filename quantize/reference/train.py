@@ -196,6 +196,7 @@ class Run:
             self.gradients()
             s.barrier.wait(900)
             self.update()
+            s.barrier.wait(900)  # process 0 clears `done` for the next step: not before everybody has read it
             self.step += 1
 
     def lead(self, plan: Plan, replay: list[float] | None) -> None:
@@ -256,6 +257,7 @@ class Run:
             losses.append(float(done[1] / done[0]))
             balance = float(done[2] / done[0])
             norm = self.update()
+            s.barrier.wait(900)
             writer.writerow((self.step, self.tokens, repr(value)))
             self.step += 1
             self.tokens += tokens_per_step
