@@ -46,7 +46,8 @@ class State:
     """After `bus.time_s` of mission time. Each array (n,), rises_k (branches, n).
 
     `temp_c`: T_v; `payload_w`: P_v of the last step; `cap`: how much of the time each board may compute, 0 to 1; `excess_w`: by
-    how much a board draws more than idle_w, busy_w and its cap say (smoothed over EXCESS_S): other programs, a wrong idle_w.
+    how much a board draws more than idle_w, busy_w and its cap say (smoothed over EXCESS_S): other programs, a wrong idle_w;
+    `warming_k_per_s`: of the avionics node.
     """
 
     bus: constellation.State
@@ -55,6 +56,7 @@ class State:
     payload_w: np.ndarray
     cap: np.ndarray
     excess_w: np.ndarray
+    warming_k_per_s: np.ndarray
 
 
 def make(scenario: Scenario) -> Satellites:
@@ -94,7 +96,8 @@ def start(satellites: Satellites, temp_c: float, soc: float) -> State:
     bus = constellation.start(satellites.constellation, temp_c, soc)
     payload_w = np.full(count, _payload_w(satellites.payload, satellites.payload.idle_w))
     rises_k = np.outer([branch.r_k_per_w for branch in satellites.branches], payload_w)
-    return State(bus, rises_k, temp_c + rises_k.sum(0), payload_w, np.ones(count), np.zeros(count))
+    state = State(bus, rises_k, temp_c + rises_k.sum(0), payload_w, np.ones(count), np.zeros(count), np.zeros(count))
+    return replace(state, cap=cap(satellites, state))
 
 
 def _payload_w(payload: Payload, board_w: np.ndarray | float, gap_k: np.ndarray | float = 0.0) -> np.ndarray:
@@ -120,7 +123,16 @@ def step(satellites: Satellites, state: State, board_w: np.ndarray, board_c: np.
     temp_c = bus.temp_k[AVIONICS] - KELVIN + rises_k.sum(0)
     over_w = np.maximum(known_w - payload.idle_w - state.cap * (payload.busy_w - payload.idle_w), 0.0)
     excess_w = over_w + (state.excess_w - over_w) * np.exp(-dt_s / EXCESS_S)
-    after = replace(state, bus=bus, rises_k=rises_k, temp_c=temp_c, payload_w=payload_w, excess_w=excess_w)
+    warming = (bus.temp_k[AVIONICS] - state.bus.temp_k[AVIONICS]) / dt_s
+    after = replace(
+        state,
+        bus=bus,
+        rises_k=rises_k,
+        temp_c=temp_c,
+        payload_w=payload_w,
+        excess_w=excess_w,
+        warming_k_per_s=warming,
+    )
     return replace(after, cap=cap(satellites, after))
 
 
@@ -137,14 +149,16 @@ def lit_share(state: State) -> np.ndarray:
 def cap(satellites: Satellites, state: State) -> np.ndarray:
     """The largest duty in [FLOOR_CAP, 1], (n,), that keeps T_v at its set point and the battery above its floor.
 
-    At each horizon H the power is bounded by  T_av + sum_i [x_i e^(-H/tau_i) + R_i P (1 - e^(-H/tau_i))] <= limit - 0.5 K, with
-    the avionics node as it is now; the smallest bound counts, and goes to a duty by idle_w, busy_w and the excess. Near the
+    At each horizon H the power is bounded by
+    T_av + sum_i [x_i e^(-H/tau_i) + R_i P (1 - e^(-H/tau_i))] <= limit - 0.5 K, with the avionics node as warm as it will be at
+    the first horizon if it goes on warming as now; the smallest bound counts, and goes to a duty by idle_w, busy_w and the excess. Near the
     battery's floor the cap falls linearly to FLOOR_CAP.
     """
     payload = satellites.payload
     r = np.array([branch.r_k_per_w for branch in satellites.branches])
     decay = np.exp(-HORIZONS_S[:, None] / np.array([branch.tau_s for branch in satellites.branches]))  # [H, branches]
-    room_k = payload.limit_c - SET_POINT_K - (state.bus.temp_k[AVIONICS] - KELVIN) - decay @ state.rises_k  # [H, n]
+    avionics_c = state.bus.temp_k[AVIONICS] - KELVIN + np.maximum(state.warming_k_per_s, 0.0) * HORIZONS_S[0]
+    room_k = payload.limit_c - SET_POINT_K - avionics_c - decay @ state.rises_k  # [H, n]
     allowed_w = (room_k / ((1.0 - decay) @ r)[:, None]).min(0)
     board_w = allowed_w / max(payload.kappa, 1e-9) + payload.fan_w - state.excess_w
     heat = (board_w - payload.idle_w) / (payload.busy_w - payload.idle_w)

@@ -99,6 +99,8 @@ class Twin:
         self._thread = threading.Thread(target=self._run, name="twin", daemon=True)
 
     def __enter__(self) -> Twin:
+        for view in self.views():  # before anybody has work to do
+            self._order(view.node, view.cap)
         self._thread.start()
         return self
 

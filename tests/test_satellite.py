@@ -100,6 +100,18 @@ def test_the_cap_keeps_every_satellite_under_its_limit_through_eclipses_and_with
     assert free > 110.0  # the control
 
 
+def test_the_cap_also_holds_when_orders_take_effect_late():
+    """As in a run at 60 mission seconds per second: an order shows in the watts two to three steps of a minute later."""
+    satellites = ring(limit_c=95.0)
+    state = satellite.start(satellites, 5.0, 0.9)
+    hottest, caps = -math.inf, [state.cap] * 3
+    for _ in range(600):
+        state = satellite.step(satellites, state, 3.0 + 5.0 * caps[-3], np.full(4, 50.0), 60.0)
+        caps.append(state.cap)
+        hottest = max(hottest, float(state.temp_c.max()))
+    assert (caps[0] < 1.0).all() and 94.0 < hottest < 95.0
+
+
 def test_all_four_pass_through_the_shadow_one_after_the_other():
     satellites = ring()
     state = satellite.start(satellites, 20.0, 0.9)
