@@ -260,3 +260,10 @@ def test_collect_copies_what_a_run_recorded(figures, tmp_path):
     assert len(curve["loss"]) < 100  # thinned out from 250
     assert json.loads((figures / "training.json").read_text()) == {"step": 250}
     assert json.loads((figures / "sources.json").read_text()) == []
+
+
+def test_what_was_given_up_of_a_run_is_not_in_its_curve():
+    log = [{"start": True, "step": 0}, {"step": 5, "loss": 3.0}, {"step": 9, "loss": 2.0}, {"step": 9, "dev_mean": 1.2}]
+    again = [{"start": True, "step": 5}, {"step": 8, "loss": 2.5}]
+    assert card.final_branch(log) == log
+    assert card.final_branch(log + again) == [*log[:2], *again]

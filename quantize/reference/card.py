@@ -75,11 +75,22 @@ def _rate_at(losses: list[dict], tokens: int) -> float:
     return next((line["lr"] for line in reversed(losses) if line["tokens"] <= tokens), 0.0)
 
 
+def final_branch(lines: list[dict]) -> list[dict]:
+    """A run's log without what was given up: a run that goes on from an earlier step than it had reached repeats from there."""
+    kept: list[dict] = []
+    for line in lines:
+        if line.get("start"):
+            kept = [earlier for earlier in kept if earlier["step"] <= line["step"]]
+        kept.append(line)
+    return kept
+
+
 def collect(work: Path, run: str) -> None:
     """Copies what a run and its corpus recorded into figures/ (a curve of at most CURVE_POINTS losses, every evaluation)."""
-    lines = [json.loads(line) for line in (work / "runs" / run / "log.jsonl").read_text().splitlines()]
+    log = (work / "runs" / run / "log.jsonl").read_text()
+    lines = final_branch([json.loads(line) for line in log.splitlines()])
     losses = [line for line in lines if "loss" in line]
-    step = max(1, len(losses) // CURVE_POINTS)
+    step = max(1, -(-len(losses) // (CURVE_POINTS - 1)))  # and the last one
     dev = [
         {"tokens": line["tokens"], "mean_bits_per_byte": line["dev_mean"], "lr": _rate_at(losses, line["tokens"])}
         for line in lines
