@@ -6,7 +6,8 @@ Leaves out: the physics (orbit, thermal, battery) and whoever steps it.
 
 from __future__ import annotations
 
-import math
+import json
+import re
 from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -161,7 +162,7 @@ _CHOICES = {"kind": {"constellation": ("delta", "star"), "bus": ("3U", "6U", "12
 def _number(value: Any, name: str, whole: bool, where: str) -> Any:
     low, high = _RANGES[name]
     good = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not good or not math.isfinite(value) or not low <= value <= high:
+    if not good or not low <= value <= high:  # false for nan
         kind = "a whole number" if whole else "a number"
         raise ScenarioError(f"{where}: {name} is {str(value)[:40]}; give {kind} from {low:g} to {high:g}")
     return value if whole else float(value)
@@ -206,6 +207,11 @@ def _instant(value: Any, where: str) -> datetime:
     return value.astimezone(timezone.utc)
 
 
+def _plain(key: str, value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return re.fullmatch(r"[a-z_]{1,40}", key) is not None and number and -1e9 < value < 1e9
+
+
 def _board(entry: Any, index: int, satellites: int, where: str) -> ScenarioBoard:
     at = f"{where}: [[board]] {index + 1}"
     if not isinstance(entry, dict):
@@ -226,8 +232,12 @@ def _board(entry: Any, index: int, satellites: int, where: str) -> ScenarioBoard
         if key in rest:
             raise ScenarioError(f"{at}: {key} is set by whoever starts the boards; remove it")
     guard = rest.pop("guard", {})
-    if not isinstance(guard, dict) or not all(isinstance(value, (int, float)) for value in guard.values()):
+    if not isinstance(guard, dict) or not all(_plain(key, value) for key, value in guard.items()):
         raise ScenarioError(f"{at}: guard is {str(guard)[:40]!r}; give a table such as {{ temp_limit_c = 85 }}")
+    try:
+        json.dumps(rest, allow_nan=False)
+    except (TypeError, ValueError):
+        raise ScenarioError(f"{at} holds a date, or a number that is none; give numbers, texts and lists") from None
     return ScenarioBoard(node, profile, satellite, memory_mb, guard, rest)
 
 
@@ -235,8 +245,17 @@ def parse(text: str, where: str = "scenario") -> Scenario:
     """A scenario from TOML.  Raises: ScenarioError."""
     try:
         tree = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also for a number of thousands of digits
         raise ScenarioError(f"{where} is not TOML: {str(error)[:200]}; correct that line") from None
+    try:
+        return _scenario(tree, where)
+    except (ValueError, OverflowError) as error:
+        if isinstance(error, ScenarioError):
+            raise
+        raise ScenarioError(f"{where} holds a number that is too long; shorten it") from None
+
+
+def _scenario(tree: dict[str, Any], where: str) -> Scenario:
     known = ("name", "time", "constellation", "bus", "power", "payload", "run", "board")
     for key in tree:
         if key not in known:

@@ -27,6 +27,7 @@ RATE_HZ, MIN_RATE_HZ, MAX_RATE_HZ = 10.0, 0.1, 250.0
 MAX_BOARDS = 256
 MAX_SPEC_BYTES = 4 * 1024 * 1024
 MAX_TRACE = 100_000
+MIN_PIECE_S = 1e-4  # of constant load: a step of the simulation goes through all of them
 MAX_BRANCHES = 8
 KEYS = {
     "node",
@@ -186,7 +187,14 @@ def _path(entry: dict, key: str, where: str) -> Path | None:
         return None
     if not isinstance(value, str) or not value:
         raise SpecError(f"{where}: {key} is {str(value)[:40]!r}; give a file's path")
-    return Path(value)
+    path = Path(value)
+    try:
+        usable = path.is_file() or not path.exists()  # a folder would be replaced, a FIFO would be waited for
+    except (OSError, ValueError):
+        usable = False
+    if not usable:
+        raise SpecError(f"{where}: {key} {value[:200]!r} is no plain file; give another path")
+    return path
 
 
 def _trace(entry: dict, where: str) -> Trace:
@@ -204,10 +212,12 @@ def _trace(entry: dict, where: str) -> Trace:
         raise SpecError(f"{where}: load_trace needs times that begin with 0 and rise")
     if not all(0 <= load <= 1 for load in loads):
         raise SpecError(f"{where}: load_trace needs loads from 0 to 1")
+    if any(b - a < MIN_PIECE_S for a, b in zip(starts_s, starts_s[1:])):
+        raise SpecError(f"{where}: load_trace changes within {MIN_PIECE_S:g} s; give points that are farther apart")
     repeat_s = math.inf
     if "load_trace_repeat_s" in entry:
         repeat_s = _number(entry, "load_trace_repeat_s", math.inf, 1e-4, 1e9, where)
-        if repeat_s <= starts_s[-1]:
+        if repeat_s < starts_s[-1] + MIN_PIECE_S:
             raise SpecError(
                 f"{where}: load_trace_repeat_s is {repeat_s:g}; give more than the last time, {starts_s[-1]:g}"
             )

@@ -6,7 +6,7 @@ Leaves out: how it is measured (calibrate.py) and fitted (power_step.py).
 from __future__ import annotations
 
 import json
-import os
+import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -110,5 +110,11 @@ def write(path: Path, text: str) -> None:
 
 def check_writable(path: Path) -> None:
     """A path that cannot be written is told now, and not after the step.  Raises: OSError."""
-    if path.is_dir() or not path.resolve().parent.is_dir() or not os.access(path.resolve().parent, os.W_OK):
-        raise OSError(f"{path} cannot be written: give --output a file in a folder that is there")
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("no plain file")
+        with tempfile.TemporaryFile(dir=path.resolve().parent) as probe:  # what root may, and a full disk, show only so
+            probe.write(bytes(4096))
+            probe.flush()
+    except (OSError, ValueError) as error:
+        raise OSError(f"{path} cannot be written ({error}): give --output a file in a folder that is there") from None

@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="C",
         help="of the boards, for budgeted (default: %(default)s °C)",
     )
-    demo.add_argument("--nodes", type=_positive, default=4, help="simulated boards (default: %(default)s)")
+    demo.add_argument("--nodes", type=_positive, help="simulated boards (default: 4, or those of the scenario)")
     demo.add_argument(
         "--scenario",
         metavar="FILE",
@@ -209,6 +209,8 @@ def _demo(args: argparse.Namespace) -> int:
     from ground_station.local_fleet import FleetError
     from ground_station.sampling import Sampling
 
+    if args.scenario and args.nodes:
+        raise ValueError("--nodes goes without --scenario: a scenario names its boards")
     options = demo.Options(
         bundle=_bundle(args),
         prompt=args.prompt,
@@ -219,7 +221,7 @@ def _demo(args: argparse.Namespace) -> int:
         codec=args.codec,
         policy=args.policy,
         temp_limit_c=args.temp_limit,
-        nodes=args.nodes,
+        nodes=args.nodes or 4,
         broker=args.broker,
         keep=args.keep,
         ledger=args.ledger,
@@ -358,9 +360,9 @@ def _calibrate(args: argparse.Namespace) -> int:
             broker = Broker(Path(), "external", external=args.broker)
             host, port = broker.host, broker.port
         result = calibrate.calibrate(options, host, port)
-    if args.output is not None:
+    print(json.dumps(result) if args.json else calibrate_report.report(result), flush=True)
+    if args.output is not None:  # last: what was measured is not lost with a disk that is full by now
         calibrate_report.write(args.output, calibrate_report.fragment(result))
-    print(json.dumps(result) if args.json else calibrate_report.report(result))
     return EXIT_OK
 
 
@@ -458,8 +460,12 @@ def _unwind_when_told_to_end() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Errors are one line that names the next step; a bug shows its traceback."""
-    root = parser()
-    args = root.parse_args(argv)
+    try:
+        root = parser()
+        args = root.parse_args(argv)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     if args.version:
         from importlib import metadata
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
+import os
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -38,6 +40,7 @@ JOIN_TIMEOUT_S = 60.0
 # of the policy `budgeted`: a joule is free up to 20 K below the limit; 10 K below it costs a tenth of a token's gate mass
 KNEE_BELOW_LIMIT_C = 20.0
 PRICE_HALF_WAY = 0.1
+BUSY_SHARE = 0.7  # load average per core before the start, above which speeds are said to be of a busy machine
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ def run(options: Options, show: Show) -> dict:
     if not 0 < options.temp_limit_c < 1000:
         raise ValueError(f"temperature limit {options.temp_limit_c} °C is not between 0 and 1000")
     manifest = shard.read_manifest(options.bundle)
+    load_average = os.getloadavg()[0]  # before anything of ours runs
     text = Text(options.bundle, manifest)
     prompt_ids = ([manifest.bos_id] if manifest.bos_id is not None else []) + text.encode(options.prompt)
     needed = len(prompt_ids) + options.tokens
@@ -171,6 +175,8 @@ def run(options: Options, show: Show) -> dict:
             states, before = {}, dict.fromkeys(names)
             show("the board simulator has ended: temperatures, power and joules are unknown\n")
         result = _ledger(options, text, costs, before, after, remote, table, states, parity, broker.kind)
+        result["load_average"] = round(load_average, 2)
+        result["cores"] = len(os.sched_getaffinity(0))
         if course is not None:
             again = Decoder(trunk, _policy(options, manifest), remote, manifest.eos_ids)
             result["scenario"] = course.run(
@@ -284,6 +290,8 @@ def _parity(
 
 def _write_ledger(path: Path, costs: list[TokenCost]) -> None:
     try:
+        if not path.absolute().parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         with shard.atomic_file(path) as file:
             for cost in costs:
                 file.write(json.dumps(dataclasses.asdict(cost)).encode() + b"\n")
@@ -325,7 +333,8 @@ def _ledger(options, text, costs, before, after, remote, table, states, parity, 
             "received": round(sum(cost.received_bytes for cost in decode) / len(decode), 1),
         },
         "joules_per_token": round(sum(known) / len(costs), 4) if len(known) == len(nodes) else None,
-        "joules_scope": "boards of all nodes from just before the prompt to just after the last token, idle power included",
+        "joules_scope": "what each board's meter meters (a Jetson's module, a Raspberry Pi's supply), summed over all nodes from just "
+        "before the prompt to just after the last token, idle power included; per generated token",
         "joules_provenance": provenances.pop() if len(provenances) == 1 else "mixed",
         "breakdown_ms": {
             part: round(sum(getattr(cost, f"{part}_ms") for cost in decode) / len(decode), 4)
@@ -349,7 +358,7 @@ def report(result: dict) -> str:
     lines = [
         f"{result['tokens']} tokens, {result['tokens_per_s']:.1f} tokens/s, first after {result['ttft_s'] * 1e3:.0f} ms",
         f"{sent:.0f} bytes/token to the experts, {received:.0f} back ({result['codec']})",
-        f"{joules:.3f} J/token ({result['joules_provenance']})"
+        f"{joules:.3f} J/token ({result['joules_provenance']}; boards, idle power included)"
         if joules is not None
         else "no power sensor: joules unknown",
         "ms/token: " + ", ".join(f"{name} {value:.2f}" for name, value in result["breakdown_ms"].items()),
@@ -370,6 +379,11 @@ def report(result: dict) -> str:
         lines.append(
             f"parity with one process: {verdict}, {parity['tokens_equal']} of {parity['tokens']} tokens, "
             f"largest logit difference {parity['max_logit_diff']:g}"
+        )
+    if result["load_average"] > BUSY_SHARE * result["cores"]:
+        lines.append(
+            f"the machine was busy before this began (load {result['load_average']:.1f} on {result['cores']} cores):\n"
+            "speed, and with it joules per token, say little"
         )
     if "scenario" in result:
         from ground_station import scenario_demo

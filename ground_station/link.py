@@ -22,6 +22,7 @@ HELLO_GRACE_S = 5.0  # five heartbeats: a node that is silent for longer counts 
 # How a node's text begins when it takes no work to protect itself (node_agent.guard_loop.REFUSALS): it is there and well.
 _REFUSED = re.compile(r"[^:]{1,64}: (?:throttled|memory|guard): ")
 QUARANTINE_S = 0.5  # after a failure: HELLOs queued before it must not bring the node back
+DRAIN_S = 0.02  # for what has come already: a flood must not keep the caller past its deadline
 TAKEN_AT_ONCE = 1024  # messages of one call: whoever sends without end must not keep the caller for ever
 FOR_GROUND = frozenset((frame.HELLO, frame.PARTIAL, frame.ERROR, frame.PONG))
 
@@ -206,9 +207,10 @@ class Link:
 
     def _receive(self, timeout_s: float, results: dict[str, frame.Frame | Failure] | None = None) -> None:
         """Takes in what arrives within `timeout_s`; with `results`, returns as soon as the last wanted answer is there."""
+        end_s = time.monotonic() + max(timeout_s, DRAIN_S)
         for identity, data in self._router.receive(timeout_s):
             self._take(identity, data, results)
-            if results is not None and not self._wanted:
+            if (results is not None and not self._wanted) or time.monotonic() > end_s:
                 return
 
     def _take(self, identity: bytes, data: bytes | None, results: dict[str, frame.Frame | Failure] | None) -> None:

@@ -7,16 +7,18 @@ killed. Leaves out: anything on another machine (`spacemoe up`).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Iterable, Mapping
+from typing import Callable, Iterable, Iterator, Mapping
 
 from ground_station.link import Link
 from ground_station.placement import Holding
@@ -61,14 +63,44 @@ def cores_of(nodes: Iterable[str]) -> dict[str, int]:
     return {node: cores[index % len(cores)] for index, node in enumerate(sorted(nodes))}
 
 
-def _die_with_parent(parent: int) -> None:
-    """In the child before exec: SIGTERM when the parent goes, so that not even kill -9 leaves agents behind."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def _die_with_parent(parent: int, death: int) -> None:
+    """In the child before exec: signal `death` when the parent goes, so that not even kill -9 leaves agents behind."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, death)
     if os.getppid() != parent:  # it went before this took effect
         os._exit(1)
 
 
-def _spawn(arguments: list[str], log: Path, keep: Callable[[subprocess.Popen], None], core: int | None = None) -> None:
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Signals that end us act when the block is over.
+
+    Blocking them in this thread would not do: another thread (paho's) takes the signal, and Python runs its handler here all
+    the same.
+    """
+    if threading.current_thread() is not threading.main_thread():  # handlers run in the main thread alone
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, lambda number, _frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
+
+
+def _spawn(
+    arguments: list[str],
+    log: Path,
+    keep: Callable[[subprocess.Popen], None],
+    core: int | None = None,
+    death: int = signal.SIGTERM,
+) -> None:
     """Starts a Python module as a child and hands it to `keep` before any signal can interrupt.
 
     A signal handler's exception inside a fork is swallowed, and one right after it would lose the child: so the signals that
@@ -76,32 +108,27 @@ def _spawn(arguments: list[str], log: Path, keep: Callable[[subprocess.Popen], N
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     parent = os.getpid()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
     def in_child() -> None:
-        _die_with_parent(parent)
+        _die_with_parent(parent, death)
         if core is not None:
             os.sched_setaffinity(0, {core})
             # A batch process that wakes up does not push aside who woke it: the ground station hands out a layer's work to all
             # boards before the first one that shares its core begins.
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    try:
-        with open(log, "ab") as file:
-            keep(
-                subprocess.Popen(  # own session: Ctrl-C reaches this process alone, which then stops them in order
-                    [sys.executable, "-m", *arguments],
-                    stdin=subprocess.DEVNULL,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                    preexec_fn=in_child,
-                    env=environment,
-                )
+    with _signals_held(), open(log, "ab") as file:
+        keep(
+            subprocess.Popen(  # own session: Ctrl-C reaches this process alone, which then stops them in order
+                [sys.executable, "-m", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=in_child,
+                env=environment,
             )
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        )
 
 
 def _toml(value: object) -> str:
@@ -187,7 +214,11 @@ class LocalFleet:
         spec = self.run_dir / "simulation.json"
         spec.write_text(json.dumps({"boards": boards}))
         log = self.run_dir / "simulation.log"
-        _spawn(["firmware_sim.run", "--spec", str(spec)], log, lambda child: setattr(self, "simulator", child))
+        # it has nothing to put in order, so nothing that it waits for may keep it
+        death = signal.SIGKILL
+        _spawn(
+            ["firmware_sim.run", "--spec", str(spec)], log, lambda child: setattr(self, "simulator", child), death=death
+        )
         end = time.monotonic() + 10
         while not all(any((self.run_dir / n / "sysroot").rglob("temp")) for n in self._boards):
             if self.simulator.poll() is not None or time.monotonic() > end:

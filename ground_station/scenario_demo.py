@@ -186,6 +186,8 @@ class Course:
         """Load, then silence; the ledger's part (see `report`). `stop_ground` ends link and control plane for good."""
 
         def watched() -> list[TokenCost]:
+            if self._twin.failed is not None:
+                raise RuntimeError(f"the virtual satellites stopped: {self._twin.failed}")
             costs = generate()
             for node, state in self._control.snapshot().items():
                 if int(_sample(state, "guard_state") or 0) & THERMAL_BIT:
@@ -262,5 +264,7 @@ def table(part: dict) -> str:
             did += ", silent" if alone["guard_silent_messages"] else ", not silent"
         lines.append(f"{node:18}{row['first_c']:>11.1f}{row['hottest_c']:>9.1f}{limit:>7}{over:>8}  {did}")
     lines.append("")
+    if part["time_scale"] != 1:
+        lines.append("no claim about a satellite's energy: the time scale is not 1")
     lines.append("run: valid" if part["valid"] else "run: INVALID: " + "; ".join(part["invalid_because"]))
     return "\n".join(lines)

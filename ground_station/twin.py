@@ -66,7 +66,9 @@ def seen(state: NodeState | None, now: Instant) -> Board:
     guard = value("guard_state")
     if not slow and not math.isnan(guard) and int(guard) & GUARD_HEAT_OR_FLAGS:
         slow = "its own guard"
-    return Board(value("power_w"), value("temp_c"), slow)
+    power_w = value("power_w")
+    # a meter that is wired the wrong way round says nothing of the heat
+    return Board(math.nan if power_w < 0 else power_w, value("temp_c"), slow)
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,8 @@ class Twin:
             np.array([boards[node].temp_c for node in nodes]),
             dt_s,
         )
+        if not np.isfinite(self._state.temp_c).all():
+            raise ValueError("the scenario's physics diverge: lower leak_w_per_k, r_k_per_w or array_w")
         self._boards = boards
         for index, view in enumerate(self.views()):
             self._record(view, boards[view.node], float(before[index]), dt_s)

@@ -8,6 +8,8 @@ Leaves out: encryption (link.py uses libzmq for that), what a message means.
 
 from __future__ import annotations
 
+import errno
+import resource
 import selectors
 import socket
 import time
@@ -17,7 +19,11 @@ from typing import Iterator
 
 from node_agent import zmtp
 
-MAX_CONNECTIONS = 1024
+MAX_CONNECTIONS = 1024  # or half of the process's descriptors, if that is less
+FRAMES_AT_ONCE = 16  # of one connection per `receive`: whoever floods must not keep the others waiting
+PONG_QUEUE_BYTES = 64 * 1024
+SILENT_S = 30.0  # boards say HELLO each second; when all places are taken, who was silent for longer gives way
+NO_DESCRIPTOR_S = 1.0  # without a free descriptor, nobody is let in for so long
 MAX_SHAKING = 256  # connections that have not named themselves yet
 HANDSHAKE_S = 5.0
 SEND_QUEUE_BYTES = 256 * 1024 * 1024  # a node that takes nothing in is told of no more than this
@@ -40,6 +46,7 @@ class _Connection:
     identity: bytes | None = None  # None until its READY
     outgoing: bytearray = field(default_factory=bytearray)
     in_parts: bool = False  # inside a message of several parts
+    heard_s: float = 0.0
 
 
 class ZmtpRouter:
@@ -48,6 +55,9 @@ class ZmtpRouter:
     def __init__(self, host: str, port: int, max_bytes: int):
         """Listens; port 0 takes any.  Raises: OSError."""
         self._max_bytes = max_bytes
+        self._max_connections = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        self._backlog: set[_Connection] = set()  # with whole frames that have not been taken yet
+        self._closed_until_s = 0.0
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, port), family=family, backlog=128)
         self._listener.setblocking(False)
@@ -87,13 +97,19 @@ class ZmtpRouter:
         The caller may stop early: what it has not taken comes first the next time.
         """
         if not self._received:
-            for key, events in self._selector.select(timeout_s):
+            if self._closed_until_s and time.monotonic() > self._closed_until_s:
+                self._closed_until_s = 0.0
+                self._selector.register(self._listener, selectors.EVENT_READ)
+            backlog, self._backlog = self._backlog, set()
+            for connection in backlog:
+                self._take(connection)
+            for key, events in self._selector.select(0.0 if backlog else timeout_s):
                 if key.data is None:
                     self._accept()
                     continue
                 if events & selectors.EVENT_WRITE:
                     self._write(key.data, b"")
-                if events & selectors.EVENT_READ:
+                if events & selectors.EVENT_READ and key.data not in backlog:
                     self._read(key.data)
             if self._shaking:
                 self._end_stalled_handshakes()
@@ -103,9 +119,18 @@ class ZmtpRouter:
     def _accept(self) -> None:
         try:
             accepted, _ = self._listener.accept()
-        except OSError:  # gone again, or no descriptor is left: the next try may do better
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                # the one who waits stays ready, and would be tried again without end
+                self._selector.unregister(self._listener)
+                self._closed_until_s = time.monotonic() + NO_DESCRIPTOR_S
             return
-        if len(self._shaking) >= MAX_SHAKING or len(self._named) >= MAX_CONNECTIONS:
+        if len(self._named) >= self._max_connections:
+            silent = min(self._named.values(), key=lambda one: one.heard_s)
+            if time.monotonic() - silent.heard_s > SILENT_S:
+                self.dropped["silent"] += 1
+                self._drop(silent)
+        if len(self._shaking) >= MAX_SHAKING or len(self._named) >= self._max_connections:
             self.dropped["too many"] += 1
             accepted.close()
             return
@@ -127,6 +152,7 @@ class ZmtpRouter:
         self._selector.unregister(connection.socket)
         connection.socket.close()
         self._shaking.discard(connection)
+        self._backlog.discard(connection)
         if self._named.get(connection.identity) is connection:
             del self._named[connection.identity]
 
@@ -170,14 +196,23 @@ class ZmtpRouter:
         if not chunk:
             self._drop(connection)
             return
+        connection.incoming.data += chunk
+        connection.heard_s = time.monotonic()
+        self._take(connection)
+
+    def _take(self, connection: _Connection) -> None:
+        """Some of the frames that are whole; what is left comes with the next `receive`, before more is read."""
         incoming = connection.incoming
-        incoming.data += chunk
         try:
             if not connection.greeted:
                 if not self._greeted(connection):
                     return
-            while (got := incoming.take()) is not None:
+            for _ in range(FRAMES_AT_ONCE):
+                if (got := incoming.take()) is None:
+                    return
                 self._frame(connection, *got)
+            if incoming.whole() is not None and connection.socket.fileno() >= 0:
+                self._backlog.add(connection)
         except zmtp.ZmtpError:
             self.dropped["protocol"] += 1
             self._drop(connection)
@@ -202,6 +237,8 @@ class ZmtpRouter:
             self._name(connection, zmtp.read_ready(flags, body))
         elif flags & zmtp.COMMAND:
             if body.startswith(b"\x04PING"):  # ZMTP 3.1: time to live of 2 bytes, then a context to give back
+                if len(connection.outgoing) > PONG_QUEUE_BYTES:
+                    raise zmtp.ZmtpError("asks for answers and takes none in")
                 self._write(connection, zmtp.command(b"\x04PONG" + body[7:23]))
         elif flags & zmtp.MORE:
             connection.in_parts = True

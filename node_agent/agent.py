@@ -208,7 +208,10 @@ class Agent:
             self._meter.sample()
             self._publish(asked=True)
             return True, "telemetry published"
-        return False, f"command {name[:40]!r} is unknown to this agent: use rebirth, ping, sample, duty, burn or stop"
+        return (
+            False,
+            f"command {name[:40]!r} is unknown to this agent: use rebirth, ping, sample, history, duty, burn or stop",
+        )
 
     def _bad_frame(self, kind: str, text: str) -> None:
         if kind in guard_loop.REFUSALS:

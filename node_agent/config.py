@@ -120,7 +120,11 @@ class _Table:
         self._name, self._left, self._base, self._known = name, dict(tree), base, []
 
     def fail(self, key: str, value: Any, want: str) -> ConfigError:
-        return ConfigError(f"[{self._name}] {key} is {str(value)[:80]!r}: give {want}")
+        try:
+            text = repr(str(value)[:80])
+        except ValueError:  # Python writes no number of more than 4300 digits
+            text = "a number of thousands of digits"
+        return ConfigError(f"[{self._name}] {key} is {text}: give {want}")
 
     def _take(self, key: str, required: bool, want: str) -> Any:
         self._known.append(key)
@@ -283,8 +287,8 @@ def parse(text: str, base: Path) -> Config:
     """Configuration in `text`; relative paths are below `base`.  Raises: ConfigError."""
     try:
         tree = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"not TOML: {error}: correct that line") from None
+    except (ValueError, RecursionError) as error:  # also for a number of thousands of digits
+        raise ConfigError(f"not TOML: {str(error)[:200]}: correct that line") from None
     known = {"node": True, "bundle": False, "broker": False, "data": True, "telemetry": False, "guard": False}
     for name in tree:
         if name not in known:

@@ -88,7 +88,7 @@ class History:
                 kept = self._kept.get(number)
                 if kept is not None and first <= number <= last:
                     held += 1
-                    kept.owed = True
+                    kept.owed = kept.owed or not kept.flying
         return held
 
     def next_batch(self, max_bytes: int = BATCH_BYTES) -> tuple[tuple[int, ...], list[bytes]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -111,3 +112,38 @@ def test_the_choices_of_the_command_line_are_those_of_the_libraries():
 
 def test_a_clone_has_its_reference_bundle():
     assert reference_bundle().is_dir()
+
+
+def test_a_signal_that_another_thread_takes_waits_until_the_child_is_known():
+    """Control: without the hold, the handler's exception comes in the middle of the block."""
+    import threading
+
+    from ground_station.local_fleet import _signals_held
+
+    class Told(Exception):
+        pass
+
+    def handler(_number, _frame):
+        raise Told
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        for hold, expected in ((True, ["began", "known"]), (False, ["began"])):
+            steps = []
+            stop = threading.Event()
+            other = threading.Thread(target=stop.wait)
+            other.start()
+            try:
+                with _signals_held() if hold else contextlib.nullcontext():
+                    steps.append("began")
+                    signal.pthread_kill(other.ident, signal.SIGTERM)
+                    time.sleep(0.05)
+                    steps.append("known")
+            except Told:
+                steps.append("told")
+            finally:
+                stop.set()
+                other.join()
+            assert steps == [*expected, "told"]
+    finally:
+        signal.signal(signal.SIGTERM, before)
