@@ -230,10 +230,13 @@ def test_requests_behind_a_slow_one_miss_their_deadline(bundle, monkeypatch):
         node.plane.service._experts.run = slow
         with node.plane:
             ground.hello()
+            # the first keeps the node busy until the others are all there: their budgets count from when they are taken in
+            ground.send(frame.pack(request(rows(1), [(0, 1, 0, 1.0)], request_id=9)))
+            time.sleep(0.05)
             ground.send(frame.pack(request(rows(1), [(0, 1, 0, 1.0)], request_id=1)))
             ground.send(good_bytes(request_id=2, budget_us=100_000))
             ground.send(good_bytes(request_id=3, budget_us=60_000_000))
-            got = {answer.request_id: answer for answer in (ground.receive() for _ in range(3))}
+            got = {answer.request_id: answer for answer in (ground.receive() for _ in range(4))}
     assert [got[i].kind for i in (1, 2, 3)] == [frame.PARTIAL, frame.ERROR, frame.PARTIAL]
     assert "deadline" in got[2].text
 
