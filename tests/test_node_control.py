@@ -427,6 +427,5 @@ def test_joules_of_requests_are_divided_and_add_up(bundle, mosquitto, tmp_path):
         assert {sample[kind]["provenance"] for kind in kinds} == {"simulated"}
     assert before["power_baseline_w"]["value"] == pytest.approx(3.0)
     assert after["energy_compute_j"]["value"] > 0 and after["energy_radio_j"]["value"] > 0
-    assert (
-        after["energy_cost_percent"]["validity"] == "ok" and after["energy_rate_hz"]["value"] > 0
-    )  # how much is the machine's
+    assert after["energy_cost_percent"]["validity"] == "ok" and after["energy_rate_hz"]["value"] > 0
+    assert after["history_owed"]["value"] == 0
