@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import stat
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -189,7 +191,9 @@ def _path(entry: dict, key: str, where: str) -> Path | None:
         raise SpecError(f"{where}: {key} is {str(value)[:40]!r}; give a file's path")
     path = Path(value)
     try:
-        usable = path.is_file() or not path.exists()  # a folder would be replaced, a FIFO would be waited for
+        usable = stat.S_ISREG(os.stat(path).st_mode)  # a folder would be replaced, a FIFO would be waited for
+    except FileNotFoundError:
+        usable = True
     except (OSError, ValueError):
         usable = False
     if not usable:

@@ -348,7 +348,8 @@ def _calibrate(args: argparse.Namespace) -> int:
     )
     if args.dry_run:
         steps = calibrate.plan(options)
-        print(json.dumps({"plan": steps}) if args.json else "\n".join(steps))
+        unchecked = "nothing was sent; broker, node and profile were not checked"
+        print(json.dumps({"plan": steps, "note": unchecked}) if args.json else "\n".join([*steps, unchecked]))
         return EXIT_OK
     if args.output is not None:
         calibrate_report.check_writable(args.output)

@@ -22,6 +22,7 @@ from paho.mqtt.properties import Properties
 
 from ground_station.fleet import Action, AskHistory, Instant, NodeState, Taken, apply, reconnected
 from node_agent import wire
+from node_agent.mqtt_mend import Mended
 
 log = logging.getLogger("spacemoe.control")
 
@@ -42,23 +43,10 @@ def now() -> Instant:
     return Instant(time.time(), time.monotonic())
 
 
-class _Client(mqtt.Client):
-    """paho's client, which lives on after a message that it cannot decode; `unreadable` is told."""
+class _Client(Mended, mqtt.Client):
+    """paho's client, which lives on after a message that it cannot decode."""
 
-    unreadable: Callable[[Exception], None]
-
-    def _handle_publish(self) -> mqtt.MQTTErrorCode:
-        """paho's own; but a message that it cannot decode (a property out of its range, which mosquitto passes on) is taken
-        off the broker's hands and dropped: paho ends the connection over it, again and again where the broker retains it."""
-        try:
-            return super()._handle_publish()
-        except MQTTException as error:
-            packet, qos = self._in_packet["packet"], self._in_packet["command"] >> 1 & 3
-            at = 2 + int.from_bytes(packet[:2], "big")
-            if len(packet) < at + 2 or qos > 1:
-                raise
-            self.unreadable(error)
-            return self._send_puback(int.from_bytes(packet[at : at + 2], "big")) if qos else mqtt.MQTT_ERR_SUCCESS
+    decode_errors = (MQTTException,)
 
 
 class Control:

@@ -236,7 +236,7 @@ class Link:
         if wanted and received.kind == frame.PARTIAL:
             results[node] = received
         elif wanted and received.kind == frame.ERROR:
-            results[node] = Failure("error", received.text)
+            results[node] = Failure("refused" if _REFUSED.match(received.text) else "error", received.text)
         else:
             self.unasked_frames += 1
             return

@@ -22,6 +22,7 @@ from paho.mqtt.properties import Properties
 from node_agent import wire
 from node_agent.config import BrokerConfig
 from node_agent.errors import ConfigError
+from node_agent.mqtt_mend import Mended
 
 log = logging.getLogger("node_agent.control")
 
@@ -32,11 +33,11 @@ STOP_WAIT_S = 0.4
 NO_SUBSCRIBERS = 0x10  # MQTT 5, section 3.4.2.1: a PUBACK may say so
 
 
-class _Client(mqtt.Client):
+class _Client(Mended, mqtt.Client):
     """Tells when its loop has ended, for whatever reason: an exception in a callback would end it without a callback."""
 
     ended: Callable[[Exception | None], None]
-    unreadable: Callable[[Exception], None]
+    decode_errors = (MQTTException,)
 
     def loop_forever(self, *args: Any, **kwargs: Any) -> mqtt.MQTTErrorCode:
         failure: Exception | None = None
@@ -47,19 +48,6 @@ class _Client(mqtt.Client):
             return mqtt.MQTTErrorCode.MQTT_ERR_UNKNOWN
         finally:
             self.ended(failure)
-
-    def _handle_publish(self) -> mqtt.MQTTErrorCode:
-        """paho's own; but a message that it cannot decode (a property out of its range, which mosquitto passes on) is taken
-        off the broker's hands and dropped: paho ends the connection over it, again and again where the broker retains it."""
-        try:
-            return super()._handle_publish()
-        except MQTTException as error:
-            packet, qos = self._in_packet["packet"], self._in_packet["command"] >> 1 & 3
-            at = 2 + int.from_bytes(packet[:2], "big")
-            if len(packet) < at + 2 or qos > 1:
-                raise
-            self.unreadable(error)
-            return self._send_puback(int.from_bytes(packet[at : at + 2], "big")) if qos else mqtt.MQTT_ERR_SUCCESS
 
 
 class Connection:

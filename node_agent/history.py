@@ -33,11 +33,6 @@ def parse_ranges(text: str) -> tuple[tuple[int, int], ...]:
     return tuple((int(first), int(last)) for first, last in pairs)
 
 
-def format_ranges(ranges: Iterable[tuple[int, int]]) -> str:
-    """The text that `parse_ranges` reads."""
-    return ",".join(f"{first}-{last}" for first, last in ranges)
-
-
 class _Kept:
     """One message: `owed` while nobody got it, `flying` while a batch with it waits for its acknowledgement."""
 

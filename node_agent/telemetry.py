@@ -13,7 +13,7 @@ import psutil
 
 from node_agent import energy
 from node_agent.counters import Counters
-from node_agent.wire import Provenance, Sample, SensorInfo
+from node_agent.wire import Provenance, Sample
 
 AGENT, MACHINE = "agent", "machine"
 
@@ -104,8 +104,3 @@ def snapshot(
             _measured(f"errors.{plane}.{kind}", n, "errors", AGENT, at) for kind, n in sorted(dict(errors).items())
         ]
     return tuple(samples)
-
-
-def sensor_infos(samples: tuple[Sample, ...], rate_hz: float) -> tuple[SensorInfo, ...]:
-    """What the birth certificate says of the samples that telemetry will carry."""
-    return tuple(SensorInfo(s.name, s.unit, s.scope, s.provenance, rate_hz) for s in samples)

@@ -30,6 +30,8 @@ CONTRACT = (
     "node_agent.partial",
     # How a plain link cuts bytes into messages is the same at both of its ends.
     "node_agent.zmtp",
+    # What paho lacks, it lacks at both ends of the control plane.
+    "node_agent.mqtt_mend",
 )
 # firmware_sim modules that are physics and nothing else, open to the ground station's twin.
 PHYSICS = (

@@ -601,3 +601,19 @@ def test_ctrl_c_ends_the_burn_on_the_board(results, fleet):
         until(
             lambda: any(event.kind == "burn" and "over" in event.text for event in control.snapshot()["wired"].events)
         )
+
+
+@pytest.mark.parametrize("path", ["/dev/full", "/dev/null", "/proc/1/x", ".", "absent/x.toml", "a\0b"])
+def test_a_file_that_cannot_be_written_is_told_before_the_step(path):
+    with pytest.raises(OSError, match="give --output a file in a folder that is there") as caught:
+        calibrate_report.check_writable(Path(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_asking_whether_a_file_can_be_written_leaves_nothing_and_changes_nothing(tmp_path):
+    path = tmp_path / "x.toml"
+    calibrate_report.check_writable(path)
+    assert not list(tmp_path.iterdir())
+    path.write_text("kept")
+    calibrate_report.check_writable(path)
+    assert path.read_text() == "kept" and len(list(tmp_path.iterdir())) == 1

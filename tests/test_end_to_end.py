@@ -188,3 +188,58 @@ def test_the_link_refuses_an_open_port_without_keys_and_counts_rubbish():
         answers = link.exchange({"rogue": (1, b"x"), "ghost": (2, b"x")}, 0.1)
         assert isinstance(answers["rogue"], Failure) and answers["rogue"].kind == "late"
         assert answers["ghost"].kind == "unreachable"
+
+
+def test_a_node_that_protects_itself_is_passed_over_for_this_layer_and_asked_again_for_the_next():
+    """Two nodes with hand-made answers: `a` refuses, as its guard does; the control answers with another error."""
+    import threading
+
+    import zmq
+
+    from ground_station.placement import Holding
+    from ground_station.remote import RemoteExperts
+
+    stop = threading.Event()
+    asked: list[str] = []
+
+    def node(name: str, endpoint: str, reply) -> None:
+        with zmq.Context() as context, context.socket(zmq.DEALER) as link:
+            link.setsockopt(zmq.LINGER, 0)
+            link.setsockopt(zmq.ROUTING_ID, name.encode())
+            link.connect(endpoint)
+            link.send(frame.pack(frame.Frame(frame.HELLO, text=name)))
+            while not stop.is_set():
+                if link.poll(20):
+                    request = frame.unpack(link.recv())
+                    if request.kind == frame.EXPERTS:
+                        asked.append(name)
+                        link.send(frame.pack(reply(request)))
+
+    def partial_of(request: frame.Frame) -> frame.Frame:
+        return frame.Frame(frame.PARTIAL, request.request_id, x=np.full_like(request.x, 2.0))
+
+    table = Table((Holding("a", 0, 0, "int8", 0), Holding("b", 0, 0, "int4", 1)))
+    one, gate = np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32)
+    for text, asks, stays_up in (
+        ("a: throttled: the duty cap is 0.05", ["a", "b"], True),
+        ("a: compute: no such thing", ["a", "a", "b"], False),
+    ):
+        stop.clear()
+        asked.clear()
+        with Link() as link:
+            replies = {"a": lambda r, text=text: frame.Frame(frame.ERROR, r.request_id, text=text), "b": partial_of}
+            threads = [threading.Thread(target=node, args=(n, link.endpoint, reply)) for n, reply in replies.items()]
+            for thread in threads:
+                thread.start()
+            try:
+                assert not link.wait_for({"a", "b"}, 5)
+                remote = RemoteExperts(link, table, "fp32")
+                out = remote.run(0, np.ones((1, 4), np.float32), one, gate)
+                assert out.tolist() == [[2.0] * 4] and asked == asks
+                assert link.is_up("a") is stays_up
+                rungs = [rung.rung for rung in remote.traffic.rungs]
+                assert rungs == (["lower_precision"] if stays_up else ["retry", "lower_precision"])
+            finally:
+                stop.set()
+                for thread in threads:
+                    thread.join(5)

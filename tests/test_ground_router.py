@@ -14,7 +14,7 @@ from ground_station import zmtp_router
 from ground_station.link import Link
 from ground_station.zmtp_router import QueueFull, Unreachable, ZmtpRouter
 from node_agent import frame
-from node_agent.zmtp import GREETING, ZmtpDealer, ZmtpError, message, ready
+from node_agent.zmtp import GREETING, ZmtpDealer, ZmtpError, command, message, ready
 
 LIMIT = 1 << 20
 WAIT_S = 5.0
@@ -273,3 +273,64 @@ def test_the_control_a_closed_router_answers_nobody():
     ground.close()
     with pytest.raises((OSError, ZmtpError)):
         ZmtpDealer("127.0.0.1", port, b"n1", LIMIT, 1.0)
+
+
+def test_whoever_floods_is_taken_in_a_little_at_a_time_and_the_others_are_served_between(router, dealer):
+    count = 20_000
+    with raw(router) as flood, dealer(b"good") as node:
+        flood.settimeout(WAIT_S)
+        flood.sendall(GREETING + ready(b"DEALER", b"flood"))
+        node.send(b"hello")
+        assert taken(router) == [(b"good", b"hello")]
+        flood.sendall(message(b"") * count)
+        node.send(b"between")
+        got, behind, end = 0, None, time.monotonic() + WAIT_S
+        while got < count and time.monotonic() < end:
+            once = list(router.receive(0.05))
+            assert len(once) <= zmtp_router.FRAMES_AT_ONCE + 1
+            got += sum(identity == b"flood" for identity, _ in once)
+            if behind is None and (b"good", b"between") in once:
+                behind = got
+        assert got == count and behind is not None and behind < count / 2
+
+
+def test_who_asks_for_answers_without_end_and_takes_none_in_is_dropped(router, monkeypatch):
+    """With a short queue; and who takes answers in is not dropped, however many it asks for."""
+    monkeypatch.setattr(zmtp_router, "PONG_QUEUE_BYTES", 1024)
+    with raw(router) as peer:
+        peer.sendall(GREETING + ready(b"DEALER", b"n1"))
+        ping = command(b"\x04PING\x00\x00" + bytes(16))
+        asked = answered = 0
+        while asked < 5_000:
+            asked += peer.send(ping * 10) // len(ping)
+            for _ in range(10):
+                list(router.receive(0))
+            answered += len(peer.recv(1 << 16))
+        assert not router.dropped and answered > 4_000 * len(ping) // 2
+        router._named[b"n1"].socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        end = time.monotonic() + 4 * WAIT_S
+        while not router.dropped and time.monotonic() < end:
+            try:
+                peer.sendall(ping * 500)
+            except OSError:
+                pass
+            for _ in range(100):
+                list(router.receive(0))
+        assert router.dropped == {"protocol": 1} and b"n1" not in router._named
+
+
+def test_when_all_places_are_taken_the_one_that_was_silent_for_long_gives_way(router, dealer, monkeypatch):
+    router._max_connections = 1
+    with raw(router) as idle:
+        idle.sendall(GREETING + ready(b"DEALER", b"idle"))
+        end = time.monotonic() + WAIT_S
+        while b"idle" not in router._named and time.monotonic() < end:
+            list(router.receive(0.01))
+        with dealer(b"board") as node:
+            node.send(b"hello")
+            # the idle one was heard just now: it stays
+            assert taken(router, wait_s=0.3) == [] and list(router._named) == [b"idle"]
+            monkeypatch.setattr(zmtp_router, "SILENT_S", 0.1)
+            assert taken(router) == [(b"board", b"hello")] and list(router._named) == [b"board"]
+        assert router.dropped["silent"] == 1 and router.dropped["too many"] > 0

@@ -17,7 +17,7 @@ from ground_station import received
 from ground_station.fleet import ASK_HISTORY_AFTER_S, AskHistory, AskRebirth, Instant, NodeState, apply, reconnected
 from ground_station.received import Received
 from node_agent import clock, wire
-from node_agent.history import History, RangesError, format_ranges, parse_ranges
+from node_agent.history import History, RangesError, parse_ranges
 
 # ---------------------------------------------------------------- the ring on the node
 
@@ -101,7 +101,7 @@ def test_a_batch_is_what_wire_decodes():
 
 
 def test_ranges():
-    assert parse_ranges("3-9,12-12") == ((3, 9), (12, 12)) == parse_ranges(format_ranges(((3, 9), (12, 12))))
+    assert parse_ranges("3-9,12-12") == ((3, 9), (12, 12))
     for bad in (
         "",
         "3",

@@ -192,6 +192,30 @@ def test_a_board_that_is_not_heard_counts_as_busy_and_the_time_is_told(control):
     assert summary(twin).satellites["n1"]["unknown_power_s"] == pytest.approx(100.0)
 
 
+def test_a_meter_that_is_wired_the_wrong_way_round_counts_as_unknown(board, control):
+    twin = Twin(one(), control)
+    board.telemetry(power_w=-5.0, temp_c=40.0)
+    heard(control, "power_w", -5.0)
+    twin.advance(2.0)
+    assert twin.views()[0].payload_w == 9.0
+    assert summary(twin).satellites["n1"]["unknown_power_s"] == pytest.approx(100.0)
+
+
+def test_physics_that_diverge_end_the_twin_with_a_reason_and_the_run_is_invalid(board, control):
+    extreme = "[payload]\nleak_w_per_k = 100\nr_k_per_w = [1000]\ntau_s = [0.001]"
+    scale = SCENARIO.format(limit_c=90).replace("scale = 50", "scale = 5000").replace("[payload]", extreme)
+    twin = Twin(scenario.parse(scale), control, period_s=0.02)
+    board.telemetry(power_w=5.0, temp_c=40.0)
+    heard(control, "power_w", 5.0)
+    with twin:
+        end = time.monotonic() + WAIT_S
+        while twin.failed is None and time.monotonic() < end:
+            time.sleep(0.01)
+    assert "lower leak_w_per_k" in str(twin.failed)
+    result = summary(twin)
+    assert not result.valid and "the virtual satellites stopped" in result.reasons[0]
+
+
 def test_the_kits_scenarios_are_found_by_name_and_files_by_path(tmp_path):
     assert find("hot-eclipse").name == "hot-eclipse"
     path = tmp_path / "mine.toml"
