@@ -213,8 +213,8 @@ def _sample(states, node: str, name: str):
 
 
 def _value(states, node: str, name: str) -> float | None:
-    sample = _sample(states, node, name)
-    return sample.value if sample is not None and sample.validity == "ok" else None
+    state = states.get(node)
+    return None if state is None else state.value(name)
 
 
 def _price_updates(policy: selection.Policy, options: Options, table: Table, control: Control) -> Callable[[], None]:

@@ -133,6 +133,11 @@ class NodeState:
             and self.status.bd_seq == self.birth.bd_seq
         )
 
+    def value(self, name: str) -> float | None:
+        """The latest sample of that name; None where there is none, or none that is valid."""
+        sample = self.samples.get(name)
+        return sample.value if sample is not None and sample.validity == "ok" else None
+
     def age_s(self, now: Instant) -> float | None:
         """Seconds since the node was last heard, or None if it never was."""
         return None if self.heard_at is None else now.mono_s - self.heard_at.mono_s

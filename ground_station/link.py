@@ -19,8 +19,7 @@ from ground_station.zmtp_router import QueueFull, Unreachable, ZmtpRouter
 from node_agent import frame, wire
 
 HELLO_GRACE_S = 5.0  # five heartbeats: a node that is silent for longer counts as gone
-# How a node's text begins when it takes no work to protect itself (node_agent.guard_loop.REFUSALS): it is there and well.
-_REFUSED = re.compile(r"[^:]{1,64}: (?:throttled|memory|guard): ")
+_REFUSED = re.compile(rf"[^:]{{1,64}}: (?:{'|'.join(frame.REFUSALS)}): ")  # the node is there and well
 QUARANTINE_S = 0.5  # after a failure: HELLOs queued before it must not bring the node back
 DRAIN_S = 0.02  # for what has come already: a flood must not keep the caller past its deadline
 TAKEN_AT_ONCE = 1024  # messages of one call: whoever sends without end must not keep the caller for ever

@@ -21,12 +21,11 @@ from ground_station.decode import TokenCost
 from ground_station.fleet import Taken
 from ground_station.local_fleet import Board, LocalFleet
 from ground_station.twin import Twin, summary
+from node_agent import wire
 
 SHIPPED = Path(scenarios.__file__).with_name("scenarios")
 WATCH_S = 0.1
 PROGRESS_S = 10.0
-SILENT_BIT = 16  # of guard_state: the ground station is silent (node_agent.guard)
-THERMAL_BIT = 1
 HISTORY_WAIT_S = 4.0
 
 
@@ -143,7 +142,7 @@ def leave_alone(fleet_id: str, address: tuple[str, int], nodes: tuple[str, ...],
 def _alone(came: list[Taken], state) -> dict:
     late = [taken.telemetry for taken in came if taken.late]
     values = [{sample.name: sample.value for sample in telemetry.samples} for telemetry in late]
-    silent = [v for v in values if v.get("guard_state") is not None and int(v["guard_state"]) & SILENT_BIT]
+    silent = [v for v in values if v.get("guard_state") is not None and int(v["guard_state"]) & wire.GUARD_SILENT]
     caps = [v["duty_cap"] for v in silent if v.get("duty_cap") is not None]
     return {
         "messages": len(late),
@@ -161,7 +160,7 @@ class Course:
     def __init__(self, scenario: Scenario, control: Control, fleet: LocalFleet):
         nodes = tuple(board.node for board in scenario.boards)
         states = control.snapshot()
-        limits_c = {node: _sample(states.get(node), "guard_limit_c") for node in nodes}
+        limits_c = {node: states[node].value("guard_limit_c") if node in states else None for node in nodes}
         self._scenario, self._control, self._nodes = scenario, control, nodes
         self._twin = Twin(scenario, control)
         self._watch = TruthWatch(fleet, nodes, limits_c)
@@ -190,7 +189,7 @@ class Course:
                 raise RuntimeError(f"the virtual satellites stopped: {self._twin.failed}")
             costs = generate()
             for node, state in self._control.snapshot().items():
-                if int(_sample(state, "guard_state") or 0) & THERMAL_BIT:
+                if int(state.value("guard_state") or 0) & wire.GUARD_HEAT:
                     self._guarded.add(node)
             return costs
 
@@ -205,11 +204,6 @@ class Course:
             alone = leave_alone("demo", address, self._nodes, run.alone_s)
         self._watch.__exit__()
         return report(self._scenario, self._twin, self._watch, busy, alone, self._guarded)
-
-
-def _sample(state, name: str) -> float | None:
-    sample = None if state is None else state.samples.get(name)
-    return sample.value if sample is not None and sample.validity == "ok" else None
 
 
 def report(

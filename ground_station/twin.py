@@ -26,7 +26,7 @@ PERIOD_S = 1.0
 ORDER_VALID_PERIODS = 5  # a board whose orders stop goes to its own safe duty after so many
 # What a board says when its firmware or its own guard slows it down (node_agent.guard: heat, flags)
 THROTTLE_FLAGS = ("flag.throttled", "flag.arm_frequency_capped", "flag.soft_temperature_limit", "flag.under_voltage")
-GUARD_HEAT_OR_FLAGS = 1 | 4
+GUARD_HEAT_OR_FLAGS = wire.GUARD_HEAT | wire.GUARD_FLAGS
 CAP_STEP = 0.005  # a smaller change is no new order before the old one runs out
 
 
@@ -59,8 +59,8 @@ def seen(state: NodeState | None, now: Instant) -> Board:
         return Board()
 
     def value(name: str) -> float:
-        sample = state.samples.get(name)
-        return sample.value if sample is not None and sample.validity == "ok" else math.nan
+        known = state.value(name)
+        return math.nan if known is None else known
 
     slow = ", ".join(name.removeprefix("flag.") for name in THROTTLE_FLAGS if value(name) == 1.0)
     guard = value("guard_state")

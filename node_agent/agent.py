@@ -15,7 +15,7 @@ from importlib import metadata
 
 import psutil
 
-from node_agent import burn, energy, experts, guard_loop, sensors, telemetry, wire
+from node_agent import burn, energy, experts, frame, guard_loop, sensors, telemetry, wire
 from node_agent.config import Config
 from node_agent.control import Control
 from node_agent.counters import Counters
@@ -214,7 +214,7 @@ class Agent:
         )
 
     def _bad_frame(self, kind: str, text: str) -> None:
-        if kind in guard_loop.REFUSALS:
+        if kind in frame.REFUSALS:
             log.warning("first work refused: %s", text)
             self._event("warning", "refused", text)
             return

@@ -29,6 +29,9 @@ HELLO, WELCOME, EXPERTS, PARTIAL, ERROR, PING, PONG = 1, 2, 3, 4, 5, 6, 7
 KINDS = frozenset((HELLO, WELCOME, EXPERTS, PARTIAL, ERROR, PING, PONG))
 GROUND = 0  # address of whoever runs the trunk; nodes get theirs (1..65535) in WELCOME
 
+REFUSALS = THROTTLED, NO_MEMORY, NO_GUARD = "throttled", "memory", "guard"
+"""Kinds of ERROR by which a node takes no work to protect itself; its text is '<node>: <kind>: <reason>'."""
+
 PRECISIONS = ("fp32", "int8", "int4", "int8dyn")  # index = id on the wire
 PRECISION_ID = {name: index for index, name in enumerate(PRECISIONS)}
 

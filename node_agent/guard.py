@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Iterable, Mapping, Protocol
 
-from node_agent import heat
+from node_agent import heat, wire
 from node_agent.config import GuardConfig
 from node_agent.errors import CommandError
 from node_agent.wire import Provenance, Sample
@@ -28,7 +28,8 @@ FLAGS_DUTY = 0.5
 HISTORY_SUFFIX = "_since_boot"  # flags of what has been
 MEMORY_RELEASE = 1.25  # of the floor
 LIMITS_VALID_S = (0.1, 86_400.0)
-THERMAL, UNKNOWN_TEMP, FLAGS, GROUND, SILENT, MEMORY, NO_LIMIT = 1, 2, 4, 8, 16, 32, 64
+THERMAL, UNKNOWN_TEMP, FLAGS = wire.GUARD_HEAT, wire.GUARD_UNKNOWN_TEMP, wire.GUARD_FLAGS
+GROUND, SILENT, MEMORY, NO_LIMIT = wire.GUARD_GROUND, wire.GUARD_SILENT, wire.GUARD_MEMORY, wire.GUARD_NO_LIMIT
 NAMES = {
     THERMAL: "heat",
     UNKNOWN_TEMP: "unknown temperature",

@@ -14,7 +14,7 @@ from typing import Callable
 
 import psutil
 
-from node_agent import guard, sensors
+from node_agent import frame, guard, sensors
 from node_agent.config import GuardConfig
 from node_agent.counters import Counters
 from node_agent.pacing import Pacer
@@ -24,7 +24,6 @@ log = logging.getLogger("node_agent.guard")
 
 PERIOD_S = 0.5
 SLOW_S = 1.0
-REFUSALS = ("throttled", "memory", "guard")  # kinds of errors by which work is refused to protect the board
 LOG_LEVELS = {"info": logging.INFO, "watch": logging.INFO}
 
 
@@ -132,7 +131,7 @@ class GuardLoop:
                 self._tick()
         except Exception as error:  # the agent reports it and ends: a board without its guard must not go on
             self.failed = error
-            self._pacer.set(0.0, "guard", "the guard of this node failed: start the agent again")
+            self._pacer.set(0.0, frame.NO_GUARD, "the guard of this node failed: start the agent again")
 
     def _tick(self) -> None:
         temp_c = self._hottest_c()
@@ -150,7 +149,7 @@ class GuardLoop:
         )
         self._state, decision = guard.step(self._config, self.limit_c, self._state, seen)
         self._decision = decision
-        self._pacer.set(decision.duty, "memory" if decision.refusal else "", decision.refusal)
+        self._pacer.set(decision.duty, frame.NO_MEMORY if decision.refusal else "", decision.refusal)
         for event in decision.events:
             log.log(LOG_LEVELS.get(event[0], logging.WARNING), "%s: %s", event[1], event[2])
             self._on_event(*event)

@@ -19,7 +19,6 @@ PATIENCE_S = 5.0  # how long a request without a budget is kept waiting
 SMOOTHING = 0.2  # of the mean length of a computation
 MAX_WAITING = 63  # requests held back, so that there is room for a PING
 MAX_WAITING_BYTES = frame.MAX_PAYLOAD_BYTES
-THROTTLED = "throttled"
 
 Arrived = tuple[int, bytes]  # time.perf_counter_ns() and frame
 
@@ -87,7 +86,7 @@ class Pacer:
                 continue
             why = self._refusal(request, item[0] / 1e9, now_ns / 1e9, len(work))
             if not why[0] and (len(work) >= MAX_WAITING or (work and held + request.size > MAX_WAITING_BYTES)):
-                why = (THROTTLED, f"duty cap {self.duty:.2f}: {len(work)} requests wait already")
+                why = (frame.THROTTLED, f"duty cap {self.duty:.2f}: {len(work)} requests wait already")
             if why[0]:
                 refused.append((request, *why))
             else:
@@ -103,12 +102,12 @@ class Pacer:
         if refusal[0] or duty >= 1.0:
             return refusal
         if duty <= 0.0:
-            return THROTTLED, "the duty cap is 0: nothing is computed now"
+            return frame.THROTTLED, "the duty cap is 0: nothing is computed now"
         start_s = max(now_s, self._next_s) + ahead * self._usual_s / duty
         latest_s = received_s + (request.budget_s or PATIENCE_S) - self._usual_s
         if start_s <= latest_s:
             return "", ""
         return (
-            THROTTLED,
+            frame.THROTTLED,
             f"duty cap {duty:.2f}: its turn would come in {start_s - now_s:.3f} s, too late for its budget",
         )

@@ -26,6 +26,10 @@ MAX_LIST_ITEMS = 65_536
 ID_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?")
 
 Validity = Literal["ok", "stale", "missing", "invalid"]
+# Bits of the sample `guard_state`: why a node computes less than it could (node_agent.guard).
+GUARD_HEAT, GUARD_UNKNOWN_TEMP, GUARD_FLAGS, GUARD_GROUND, GUARD_SILENT, GUARD_MEMORY, GUARD_NO_LIMIT = (
+    1 << bit for bit in range(7)
+)
 Provenance = Literal["measured", "derived", "estimated", "simulated", "virtual"]
 StatusText = Literal["online", "offline"]
 
