@@ -133,8 +133,8 @@ class Ground:
                 raise TimeoutError(f"no answer within {timeout_s} s")
             identity, data = self.socket.recv_multipart()
             received = frame.unpack(data)
-            # a HELLO that was queued before a restarted node took over its id comes under a made-up one
-            assert identity == self.node or (received.kind == frame.HELLO and identity[:1] == b"\0")
+            # what was queued when the node dialled anew and took over its id comes under a made-up one (handover)
+            assert identity == self.node or identity[:1] == b"\0"
             if received.kind != frame.HELLO:
                 return received
 
