@@ -101,11 +101,16 @@ def cycles(charge: Iterable[float]) -> Iterator[Cycle]:
 
 
 def history_ageing(
-    charge: np.ndarray, temp_c: np.ndarray | float, step_s: float, chemistry: Chemistry = Chemistry()
+    charge: np.ndarray,
+    temp_c: np.ndarray | float,
+    step_s: float,
+    chemistry: Chemistry = Chemistry(),
+    least_depth: float = 0.0,
 ) -> float:
     """Linear ageing f of a whole history: states of charge at equal steps, (m,), and the battery's temperatures.
 
-    Cycles age by their depth, mean and mean temperature; time ages by the whole history's means, once.  Raises: AgeingError.
+    Cycles age by their depth, mean and mean temperature, those below `least_depth` not at all; time ages by the whole history's
+    means, once. wear.py counts the same while the history comes in.  Raises: AgeingError.
     """
     charge = np.asarray(charge, float)
     temp_c = np.broadcast_to(np.asarray(temp_c, float), charge.shape)
@@ -115,7 +120,7 @@ def history_ageing(
     summed = np.concatenate([[0.0], np.cumsum(temp_c)])
     total = 0.0
     for cycle in cycles(charge):
-        if cycle.depth <= 0.0:
+        if cycle.depth <= 0.0 or cycle.depth < least_depth:
             continue
         low, high = sorted((cycle.start, cycle.end))
         mean_c = (summed[high + 1] - summed[low]) / (high + 1 - low)

@@ -63,19 +63,21 @@ def step(
     load_w: np.ndarray | float,
     dt_s: np.ndarray | float,
     temp_c: np.ndarray | float = 25.0,
+    capacity_j: np.ndarray | float | None = None,
 ) -> Flow:
-    """The state `dt_s` later while the array gives `array_w` and the satellite draws `load_w`."""
+    """The state `dt_s` later while the array gives `array_w` and the satellite draws `load_w`. `capacity_j`: of aged batteries."""
+    full_j = battery.capacity_j if capacity_j is None else capacity_j
     balance_w = np.asarray(array_w, float) - load_w
     offered_w = np.maximum(balance_w, 0.0)
     drawn_w = np.maximum(-balance_w, 0.0)
-    room_w = (battery.capacity_j - energy_j) / (battery.charge_efficiency * np.maximum(dt_s, 1e-12))
+    room_w = (full_j - energy_j) / (battery.charge_efficiency * np.maximum(dt_s, 1e-12))
     charge_w = np.minimum(offered_w * charge_share(battery, temp_c), room_w)
     stored_w = energy_j * battery.discharge_efficiency / np.maximum(dt_s, 1e-12)
     discharge_w = np.minimum(drawn_w, stored_w)
     gained_w = battery.charge_efficiency * charge_w
     lost_w = discharge_w / battery.discharge_efficiency
     return Flow(
-        energy_j=np.clip(energy_j + (gained_w - lost_w) * dt_s, 0.0, battery.capacity_j),
+        energy_j=np.clip(energy_j + (gained_w - lost_w) * dt_s, 0.0, full_j),
         heat_w=(charge_w - gained_w) + (lost_w - discharge_w),
         unmet_j=(drawn_w - discharge_w) * dt_s,
         spilled_j=(offered_w - charge_w) * dt_s,

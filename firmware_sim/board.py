@@ -105,6 +105,11 @@ class Profile:
     zone_noise_k: float
     pmic: bool = False
 
+    @property
+    def core_count(self) -> int:
+        """Cores that the board's kernel knows: a full load keeps all of them busy, also where `cores` is no whole number."""
+        return max(1, math.ceil(self.cores - 1e-9))
+
     def equilibrium(self, power_w: float) -> BoardState:
         """The state after a long time at `power_w`."""
         return BoardState(power_w, tuple(power_w * branch.r_k_per_w for branch in self.foster))
@@ -112,7 +117,8 @@ class Profile:
 
 @dataclass(frozen=True)
 class BoardState:
-    """Power now, each branch's temperature above ambient, clock allowed (0-1), get_throttled's bits, joules and time so far."""
+    """Power now, each branch's temperature above ambient, clock allowed (0-1), get_throttled's bits, joules, time, and time that
+    all cores together were busy so far."""
 
     power_w: float
     rises_k: tuple[float, ...]
@@ -121,6 +127,7 @@ class BoardState:
     energy_j: float = 0.0
     time_s: float = 0.0
     utilisation: float = 0.0
+    busy_s: float = 0.0
 
     @property
     def throttled(self) -> bool:
@@ -176,6 +183,7 @@ def _part(profile: Profile, state: BoardState, utilisation: float, dt_s: float, 
         energy_j=state.energy_j + power * dt_s,
         time_s=state.time_s + dt_s,
         utilisation=utilisation,
+        busy_s=state.busy_s + profile.core_count * min(1.0, max(0.0, utilisation)) * dt_s,
     )
     temp_c = die_c(profile, after)
     return replace(

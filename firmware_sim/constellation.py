@@ -126,9 +126,17 @@ def view(constellation: Constellation, time_s: float) -> tuple[np.ndarray, np.nd
     return limb, cos_zenith, float(eclipse.sun_radius_rad(sun.distance_km(days))), float(sun.flux_w_m2(days))
 
 
-def step(constellation: Constellation, state: State, dt_s: float, load_w: np.ndarray | float) -> State:
-    """The state `dt_s` later while each satellite draws `load_w` (n,) or one number.  Raises: ConstellationError."""
+def step(
+    constellation: Constellation,
+    state: State,
+    dt_s: float,
+    load_w: np.ndarray | float,
+    capacity_j: np.ndarray | None = None,
+) -> State:
+    """The state `dt_s` later while each satellite draws `load_w` (n,) or one number. `capacity_j` (n,): of aged batteries, at
+    least the energy in each; without it all are new.  Raises: ConstellationError."""
     load_w = checked_load(constellation, dt_s, load_w)
+    capacity_j = checked_capacity(constellation, state, capacity_j)
     time_s = state.time_s + dt_s
     limb, cos_zenith, sun_rad, flux = view(constellation, time_s)
     day = 0.5 * (np.maximum(state.cos_zenith, 0.0) + np.maximum(cos_zenith, 0.0))
@@ -136,7 +144,7 @@ def step(constellation: Constellation, state: State, dt_s: float, load_w: np.nda
     dark = (state.limb_rad <= -sun_rad) & (limb <= -sun_rad)
     split = np.flatnonzero(~(lit | dark))
     temp_k, flow = _stretch(
-        constellation, state.temp_k, state.energy_j, lit.astype(float), day, flux, dt_s, load_w, None
+        constellation, state.temp_k, state.energy_j, lit.astype(float), day, flux, dt_s, load_w, None, capacity_j
     )
     energy_j, unmet_j, spilled_j = flow.energy_j, state.unmet_j + flow.unmet_j, state.spilled_j + flow.spilled_j
     if split.size:
@@ -150,7 +158,16 @@ def step(constellation: Constellation, state: State, dt_s: float, load_w: np.nda
         for first, last in zip(edges[:-1], edges[1:]):
             share = _mean_lit(before, change, first, last, sun_rad)
             part_k, flow = _stretch(
-                constellation, part_k, part_j, share, day[split], flux, (last - first) * dt_s, load_w[split], split
+                constellation,
+                part_k,
+                part_j,
+                share,
+                day[split],
+                flux,
+                (last - first) * dt_s,
+                load_w[split],
+                split,
+                capacity_j[split],
             )
             part_j = flow.energy_j
             unmet_j[split] += flow.unmet_j
@@ -213,6 +230,18 @@ def checked_load(constellation: Constellation, dt_s: float, load_w: np.ndarray |
     return np.ascontiguousarray(np.broadcast_to(load_w, (len(constellation),)))
 
 
+def checked_capacity(constellation: Constellation, state: State, capacity_j: np.ndarray | None) -> np.ndarray:
+    """`capacity_j` as (n,).  Raises: ConstellationError where a battery is nothing, or holds more than its capacity."""
+    if capacity_j is None:
+        return np.full(len(constellation), constellation.battery.capacity_j)
+    capacity_j = np.ascontiguousarray(capacity_j, float)
+    if capacity_j.shape != (len(constellation),) or not ((capacity_j > 0.0) & (capacity_j >= state.energy_j)).all():
+        raise ConstellationError(
+            f"capacities of shape {capacity_j.shape}; give {len(constellation)}, each above 0 J and no less than it holds"
+        )
+    return capacity_j
+
+
 def _mean_lit(
     before: np.ndarray, change: np.ndarray, first: np.ndarray, last: np.ndarray, sun_rad: float
 ) -> np.ndarray:
@@ -231,12 +260,13 @@ def _stretch(
     dt_s: np.ndarray | float,
     load_w: np.ndarray,
     chosen: np.ndarray | None,
+    capacity_j: np.ndarray | None = None,
 ) -> tuple[np.ndarray, battery.Flow]:
     """Temperatures and battery after a stretch of constant sunlight, for all satellites or the chosen ones."""
     bus, array_w = constellation.bus, constellation.array_w
     view_factor = constellation.view_factor if chosen is None else constellation.view_factor[chosen]
     given_w = array_w * (flux_w_m2 / environment.SOLAR_W_M2) * lit_share
-    flow = battery.step(constellation.battery, energy_j, given_w, load_w, dt_s, temp_k[BATTERY] - KELVIN)
+    flow = battery.step(constellation.battery, energy_j, given_w, load_w, dt_s, temp_k[BATTERY] - KELVIN, capacity_j)
     heat_w = np.empty_like(temp_k)
     sun_m2, earth_m2 = bus.sun_absorbing_m2(array_w), bus.earth_absorbing_m2(array_w)
     for node in (PANEL, BODY):

@@ -16,7 +16,7 @@ from numba import njit
 
 from firmware_sim import environment
 from firmware_sim.bus import AVIONICS, BATTERY, BODY, PANEL
-from firmware_sim.constellation import Constellation, ConstellationError, State, checked_load
+from firmware_sim.constellation import Constellation, ConstellationError, State, checked_capacity, checked_load
 from firmware_sim.eclipse import sun_radius_rad
 from firmware_sim.orbit import DAY_S
 from firmware_sim.sun import direction, distance_km, flux_w_m2
@@ -29,9 +29,16 @@ _CORES = len(os.sched_getaffinity(0))
 _FEWEST_PER_THREAD = 500
 
 
-def step(constellation: Constellation, state: State, dt_s: float, load_w: np.ndarray | float) -> State:
+def step(
+    constellation: Constellation,
+    state: State,
+    dt_s: float,
+    load_w: np.ndarray | float,
+    capacity_j: np.ndarray | None = None,
+) -> State:
     """As constellation.step.  Raises: ConstellationError."""
     load_w = checked_load(constellation, dt_s, load_w)
+    capacity_j = checked_capacity(constellation, state, capacity_j)
     if tuple(link[:2] for link in constellation.network.links) != _LINKS:
         raise ConstellationError(
             f"this bus links {constellation.network.links}; compiled are {_LINKS}: use accelerator none"
@@ -66,6 +73,7 @@ def step(constellation: Constellation, state: State, dt_s: float, load_w: np.nda
         (state.temp_k, state.energy_j, state.limb_rad, state.cos_zenith, state.unmet_j, state.spilled_j),
         (after.temp_k, after.energy_j, after.limb_rad, after.cos_zenith, after.unmet_j, after.spilled_j),
         load_w,
+        capacity_j,
         (time_s, float(dt_s), sun_rad, flux, constellation.array_w * flux / environment.SOLAR_W_M2),
         tuple(float(part) for part in direction(days)),
         (
@@ -80,7 +88,7 @@ def step(constellation: Constellation, state: State, dt_s: float, load_w: np.nda
             *(conductance for _, _, conductance in network.links),
             *(1.0 / capacity for capacity in network.capacity_j_per_k),
         ),
-        (store.capacity_j, store.charge_efficiency, store.discharge_efficiency, store.cold_c, store.no_charge_c),
+        (store.charge_efficiency, store.discharge_efficiency, store.cold_c, store.no_charge_c),
     )
     return after
 
@@ -133,9 +141,9 @@ def _rates(panel, body, avionics, battery, heat, thermal):
 
 
 @njit(cache=True)
-def _stretch(temp, sums, lit, load_w, dt_s, array_w, steady, thermal, store):
+def _stretch(temp, sums, lit, load_w, full_j, dt_s, array_w, steady, thermal, store):
     """Temperatures (4) and sums (energy, unmet, spilled) after a stretch of constant sunlight; `steady`: heat dark and lit."""
-    full_j, charge_eff, discharge_eff, cold_c, no_charge_c = store
+    charge_eff, discharge_eff, cold_c, no_charge_c = store
     energy_j, unmet_j, spilled_j = sums
     panel, body, avionics, battery = temp
     shortest_s = max(dt_s, 1e-12)
@@ -173,7 +181,7 @@ def _stretch(temp, sums, lit, load_w, dt_s, array_w, steady, thermal, store):
 
 
 @njit(cache=True, nogil=True)
-def _range(start, stop, fixed, before, after, load_w, moment, sun, absorbing, thermal, store):
+def _range(start, stop, fixed, before, after, load_w, capacity_j, moment, sun, absorbing, thermal, store):
     """Satellites `start` to `stop`."""
     time_s, dt_s, sun_rad, flux, array_w = moment
     sun_x, sun_y, sun_z = sun
@@ -188,7 +196,7 @@ def _range(start, stop, fixed, before, after, load_w, moment, sun, absorbing, th
         across = fixed[4, index] * (sun_y * cos_raan - sun_x * sin_raan) + fixed[5, index] * sun_z
         cos_zenith = along * math.cos(argument) + across * math.sin(argument)
         limb = math.pi - math.acos(min(1.0, max(-1.0, cos_zenith))) - fixed[6, index]
-        view, load = fixed[7, index], load_w[index]
+        view, load, full_j = fixed[7, index], load_w[index], capacity_j[index]
         reflected = _ALBEDO * flux * view * (0.5 * (max(cos_before[index], 0.0) + max(cos_zenith, 0.0)))
         steady = (
             earth_panel * reflected + infrared_panel * view,
@@ -201,7 +209,7 @@ def _range(start, stop, fixed, before, after, load_w, moment, sun, absorbing, th
         first = limb_before[index]
         lit = first >= sun_rad and limb >= sun_rad
         if lit or (first <= -sun_rad and limb <= -sun_rad):
-            temp, sums = _stretch(temp, sums, 1.0 if lit else 0.0, load, dt_s, array_w, steady, thermal, store)
+            temp, sums = _stretch(temp, sums, 1.0 if lit else 0.0, load, full_j, dt_s, array_w, steady, thermal, store)
         else:
             change = limb - first
             if change == 0.0:
@@ -216,7 +224,9 @@ def _range(start, stop, fixed, before, after, load_w, moment, sun, absorbing, th
                     + 4.0 * _lit(first + change * (0.5 * (left + right)), sun_rad)
                     + _lit(first + change * right, sun_rad)
                 ) / 6.0
-                temp, sums = _stretch(temp, sums, share, load, (right - left) * dt_s, array_w, steady, thermal, store)
+                temp, sums = _stretch(
+                    temp, sums, share, load, full_j, (right - left) * dt_s, array_w, steady, thermal, store
+                )
                 left = right
         for node in range(4):
             temp_after[node, index] = temp[node]

@@ -45,9 +45,7 @@ class Fault:
 
 def targets(profile: Profile) -> dict[str, tuple[str, ...]]:
     """What may be aimed at on a board, by the kinds that fit: 'zone', 'rail' (a channel of an INA3221) and 'other'."""
-    rails = tuple(
-        rail.label for m in profile.monitors for rail in m.rails if m.chip == "ina3221" and rail.label != "NC"
-    )
+    rails = tuple(rail.label for m in profile.monitors for rail in m.rails if m.chip != "ina226" and rail.label != "NC")
     other = (["power"] if profile.monitors or profile.pmic else []) + (["pmic"] if profile.pmic else [])
     other += [monitor.chip for monitor in profile.monitors if monitor.chip == "ina226"]
     if profile.maker == "raspberry-pi":
@@ -104,7 +102,7 @@ class Injection:
         return changed
 
     def _changed(self, fault: Fault, path: Path, attribute: Attribute) -> Attribute | Condition:
-        label = path.name.endswith("_label")
+        label = path.name.endswith("_label") or path.name.startswith("rail_name_")
         if fault.kind == "nc":
             return Attribute("NC" if label else "0")
         if label:
@@ -125,4 +123,4 @@ class Injection:
             return re.sub(r"(current\(\d+\)=)([\d.]+)", lambda m: f"{m[1]}{float(m[2]) * factor:.8f}", text)
         if path.name == "get_throttled":
             return text
-        return str(round(int(text) * factor))
+        return " ".join(str(round(int(number) * factor)) for number in text.split())

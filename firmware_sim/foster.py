@@ -220,9 +220,16 @@ def _result(
 ) -> FosterFit:
     found = tuple(Branch(float(r_k_per_w[i]), float(tau_s[i])) for i in np.argsort(tau_s))
     for branch in found:
-        if branch.r_k_per_w <= 0.0 or not range_s[0] * 1.001 < branch.tau_s < range_s[1] / 1.001:
-            raise FitError(
-                f"the fit found {branch.r_k_per_w:.3g} K/W at {branch.tau_s:.3g} s, which no board has; measure longer with a "
-                "larger step of power, or ask for fewer branches"
-            )
+        what = f"{branch.r_k_per_w:.3g} K/W at {branch.tau_s:.3g} s"
+        if branch.tau_s >= range_s[1] / 1.001:
+            why = f"too short: a time constant ({what}) is not below the longest that can be told from a drift"
+        elif branch.tau_s <= range_s[0] * 1.001:
+            why = f"a time constant ({what}) is not above the shortest that these samples can show"
+        elif branch.r_k_per_w > 0.0:
+            continue
+        elif len(found) == 1:
+            why = f"the temperature fell as the power rose ({what}): something else moved it (a fan, the ambient)"
+        else:
+            why = f"too short to tell {len(found)} branches apart: one came out as {what}"
+        raise FitError(f"{why}; measure longer with a larger step of power, or ask for fewer branches")
     return FosterFit(found, float(ambient_c), math.sqrt(squared / samples), samples)

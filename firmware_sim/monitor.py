@@ -2,8 +2,9 @@
 
 A chip converts shunt and bus voltage in turn, rail after rail, and loads the mean of `samples` rounds into its registers: so
 current flows unseen during the bus conversions, and a load that switches in step with them is read wrong. Register steps and
-timing: data sheets SBOS547 and SBOS576. Attributes: Documentation/hwmon/ina2xx.rst and ina3221.rst. Leaves out the supply's
-own droop (the bus voltage is constant), and attributes that change the chip when written to.
+timing: data sheets SBOS547 and SBOS576. Attributes: Documentation/hwmon/ina2xx.rst and ina3221.rst; for JetPack 4 NVIDIA's own
+driver ina3221x (drivers/staging/iio/meter/ina3221.c of its kernel 4.9). Leaves out the supply's own droop (the bus voltage is
+constant), and attributes that change the chip when written to.
 """
 
 from __future__ import annotations
@@ -114,8 +115,36 @@ def ina3221_files(rails: list[tuple[float, float, int]]) -> dict[str, str]:
     return files
 
 
+def ina3221x_files(rails: list[tuple[float, float, int]]) -> dict[str, str]:
+    """iio attributes of NVIDIA's driver for up to three (watts, volts, shunt in µOhm); 0 V: nothing is connected.
+
+    Voltages in mV, currents in mA (rounded), powers in mW (their product, cut off), counted from 0. `ui_input` is "mV mA"; the
+    `trigger` ones are 0 only while the chip is switched off between readings, which continuous mode never does.
+    """
+    files = {}
+    for channel, (watts, volts, shunt_uohm) in enumerate(rails):
+        current_a = watts / volts if volts else 0.0
+        register = round(current_a * shunt_uohm / INA3221_SHUNT_UV)
+        shunt_uv = min(INA3221_MAX, max(-INA3221_MAX - 1, register)) * INA3221_SHUNT_UV
+        # As the driver computes it: whole numbers, mOhm, division cut off towards 0.
+        current_ma = (abs(shunt_uv) * 2 // (shunt_uohm // 1000) + 1) // 2 * (1 if shunt_uv > 0 else -1)
+        voltage_mv = round(volts * 1000 / INA3221_BUS_MV) * INA3221_BUS_MV
+        power_mw = int(voltage_mv * current_ma / 1000)
+        files |= {
+            f"in_voltage{channel}_input": str(voltage_mv),
+            f"in_current{channel}_input": str(current_ma),
+            f"in_power{channel}_input": str(power_mw),
+            f"in_current{channel}_trigger_input": str(current_ma),
+            f"in_power{channel}_trigger_input": str(power_mw),
+            f"ui_input_{channel}": f"{voltage_mv} {current_ma}",
+        }
+    return files
+
+
 def fixed_files(monitor: Monitor) -> dict[str, str]:
     """Attributes that do not change by themselves."""
+    if monitor.chip == "ina3221x":
+        return _fixed_iio_files(monitor)
     files = {"name": monitor.chip, "update_interval": str(round(monitor.period_s * 1000))}
     if monitor.chip == "ina226":
         return files | {"shunt_resistor": str(monitor.rails[0].shunt_uohm)}
@@ -130,6 +159,19 @@ def fixed_files(monitor: Monitor) -> dict[str, str]:
             f"curr{channel}_crit": limit_ma,
             f"curr{channel}_max_alarm": "0",
             f"curr{channel}_crit_alarm": "0",
+        }
+    return files
+
+
+def _fixed_iio_files(monitor: Monitor) -> dict[str, str]:
+    """That driver tells neither period nor shunts. Without limits of the device tree, those of power-on stand."""
+    files = {"name": monitor.chip, "running_mode": "1"}  # continuous
+    for channel, rail in enumerate(monitor.rails):
+        limit_ma = round(INA3221_MAX * INA3221_SHUNT_UV * 1000 / rail.shunt_uohm)
+        files |= {
+            f"crit_power_limit_{channel}": f"{round(limit_ma * rail.volts)} mw",
+            f"crit_current_limit_{channel}": f"{limit_ma} ma",
+            f"warn_current_limit_{channel}": f"{limit_ma} ma",
         }
     return files
 

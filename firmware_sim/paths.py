@@ -12,11 +12,12 @@ from scipy.sparse.csgraph import dijkstra
 from firmware_sim.links import LinkError
 
 
-def plus_grid(planes: int, per_plane: int, shift: int = 0, seam: bool = True) -> np.ndarray:
+def plus_grid(planes: int, per_plane: int, shift: int = 0, seam: bool = True, seam_shift: int = 0) -> np.ndarray:
     """Links (m, 2) of each satellite to the next in its plane and to its neighbour in the next plane.
 
     `shift`: places by which the neighbour in the next plane is ahead. `seam`: whether the last plane links to the first (in a
-    star pattern they move against each other, so no). Raises: LinkError.
+    star pattern they move against each other, so no), `seam_shift` by how many more places (in a Walker delta the phasing adds
+    up to that many around the Earth).  Raises: LinkError.
     """
     if planes < 1 or per_plane < 1:
         raise LinkError(f"{planes} planes of {per_plane} satellites; give at least 1 of each")
@@ -25,7 +26,10 @@ def plus_grid(planes: int, per_plane: int, shift: int = 0, seam: bool = True) ->
     if per_plane > 1:
         inside = np.stack([number, np.roll(number, -1, axis=1)], axis=-1).reshape(-1, 2)
         pairs.append(inside if per_plane > 2 else inside[::2])
-    across = np.stack([number, np.roll(np.roll(number, -1, axis=0), -shift, axis=1)], axis=-1)
+    ahead = np.full((planes, 1), shift)
+    ahead[-1] += seam_shift
+    next_plane = np.roll(number, -1, axis=0)
+    across = np.stack([number, np.take_along_axis(next_plane, (number[:1] + ahead) % per_plane, axis=1)], axis=-1)
     if planes > 1:
         pairs.append(across[: planes if seam and planes > 2 else planes - 1].reshape(-1, 2))
     return np.concatenate(pairs) if pairs else np.empty((0, 2), int)

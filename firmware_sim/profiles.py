@@ -42,6 +42,35 @@ _ORIN_ZONES = (  # tegra234-bpmp-thermal.h; offsets to the hottest are [U]
     Zone("tj-thermal", _ORIN_TRIPS),
     Zone("PMIC-Die", says_c=100.0),
 )
+# NVIDIA's device tree of the Jetson Nano developer kit (tegra210-p3448-0000-p3449-0000-b00, built July 2020), in its order. The 70 C
+# of PLL-therm are for the memory's refresh. Offsets from the processor are [U]: from two owners' listings (AO 5 and 7.5 K over it,
+# PLL 2.5 and 3 K under it). PMIC-Die cannot measure: its driver tells over or under 120 C and says 100 C. Trips of the fan's own
+# zone (thermal-fan-est, a weighted sum) are left out.
+_NANO_ZONES = (
+    Zone(
+        "AO-therm",
+        (
+            Trip(110.0, "critical", 0.0),
+            Trip(-25.0, "active", 0.0),
+            *(Trip(c, "active", 1.0) for c in (15.0, 30.0, 50.0, 70.0, 105.0, 83.0, 15.0, 85.0, 15.0)),
+        ),
+        6.0,
+    ),
+    Zone(
+        "CPU-therm",
+        (
+            Trip(66.0, "active", 1.0),
+            Trip(86.0, "active", 1.0),
+            Trip(102.0, "critical", 0.0),
+            Trip(100.5, "hot", 0.0),
+            Trip(97.0, "passive", 0.0),
+        ),
+    ),
+    Zone("GPU-therm", (Trip(102.5, "critical", 0.0), Trip(101.0, "hot", 0.0), Trip(97.5, "passive", 0.0)), -1.5),
+    Zone("PLL-therm", (Trip(70.0, "passive", 1.0),), -2.5),
+    Zone("PMIC-Die", (Trip(120.0, "active", 0.0),), says_c=100.0),
+    Zone("thermal-fan-est", (), -1.0),
+)
 
 
 def _pi(name: str, zones: tuple[Zone, ...], step_mc: int, pmic: bool, *monitors: Monitor) -> Profile:
@@ -124,6 +153,34 @@ PROFILES: dict[str, Profile] = {
             zones=_ORIN_ZONES,
             zone_step_mc=1,
             zone_noise_k=0.1,  # [U]
+        ),
+        Profile(
+            name="jetson-nano",  # JetPack 4, kernel 4.9
+            maker="nvidia",
+            cores=4,
+            idle_w=1.7,  # [U] one tegrastats line of JetPack 4.6.1 on a desktop: POM_5V_IN 1.75 now, 1.63 on average
+            max_w=10.0,  # power mode MaxN's budget (NVIDIA L4T guide, power management of the Nano)
+            ambient_c=_AMBIENT_C,
+            foster=(Branch(1.0, 6.0), Branch(3.5, 300.0)),  # [U], with the developer kit's heat sink and no fan
+            throttle=Throttle(97.0, 100.5, 0.3),  # CPU-therm, passive to hot; the floor is [U]
+            # Labels are JetPack 4's; POM_5V_IN is the total and the others are parts of it. Shares (idle: that tegrastats line) and
+            # shunts are [U]. 64 averages of 1.1 ms are the driver's own constants; the device tree may set others: [U].
+            monitors=(
+                Monitor(
+                    "ina3221x",
+                    "6-0040",
+                    (
+                        Rail("POM_5V_IN", 1.0, 1.0, 5.0, 5_000),
+                        Rail("POM_5V_GPU", 0.0, 0.05, 5.0, 5_000),
+                        Rail("POM_5V_CPU", 0.24, 0.60, 5.0, 5_000),
+                    ),
+                    1100,
+                    64,
+                ),
+            ),
+            zones=_NANO_ZONES,
+            zone_step_mc=500,  # the soctherm sensors' resolution
+            zone_noise_k=0.3,  # [U]
         ),
     )
 }

@@ -148,7 +148,8 @@ class SimulatedBoard:
             still = zone.says_c is not None or state.utilisation < zone.powered_from
             zones_c.append(zone_c(profile, zone, state) + (0.0 if still else profile.zone_noise_k * self._gauss()))
         pmic = videocore.pmic_text(state.power_w, profile.idle_w, self._gauss) if profile.pmic else ""
-        return new | self._tree.temperatures(zones_c) | self._tree.firmware(state.flags, pmic)
+        new |= self._tree.temperatures(zones_c) | self._tree.firmware(state.flags, pmic)
+        return new | self._tree.cpu_time(state)
 
     def _gauss(self) -> float:
         return self._random.gauss(0.0, 1.0)

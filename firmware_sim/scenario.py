@@ -1,29 +1,26 @@
 """A scenario file (TOML): which satellites, what they are like, which boards stand in for them, when it starts, how fast time goes.
 
-Pure: text in, checked dataclasses out; what a board's own entries mean is checked by run.py, which simulates boards.
-Leaves out: the physics (orbit, thermal, battery) and whoever steps it.
+Pure: text in, checked dataclasses out; what a board's own entries mean is checked by run.py, which simulates boards, and what a
+number may be by scenario_table.py. Leaves out: the physics (orbit, thermal, battery) and whoever steps it.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, fields
-from datetime import datetime, timezone
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import tomllib
 
+from firmware_sim.scenario_table import MAX_SATELLITES, ScenarioError, number, table
 from node_agent.wire import WireError, check_id
 
 MAX_SCENARIO_BYTES = 1024 * 1024
 MAX_BOARDS = 256
-MAX_SATELLITES = 100_000
-
-
-class ScenarioError(ValueError):
-    """A scenario cannot be used; the text names the file, the field and what to write."""
+GROUND = "ground"
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,10 @@ class Bus:
 
 @dataclass(frozen=True)
 class Power:
-    """Solar array (watts in full sun, pointed), battery and what the satellite itself needs."""
+    """Solar array (watts in full sun, pointed), battery and what the satellite itself needs.
+
+    `start_capacity_share`: of a new battery's capacity, what is left at the start (1: new; 0.8: as aged as many are let become).
+    """
 
     array_w: float = 40.0
     platform_w: float = 6.0
@@ -71,6 +71,7 @@ class Power:
     discharge_efficiency: float = 0.95
     start_soc: float = 0.9
     floor_soc: float = 0.3
+    start_capacity_share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,29 @@ class Payload:
     r_k_per_w: tuple[float, ...] = (16.6,)
     tau_s: tuple[float, ...] = (396.0,)
     limit_c: float = 80.0
+
+
+@dataclass(frozen=True)
+class Links:
+    """Emulated links between the boards' satellites and the hub of the data plane.
+
+    `gateway`: the hub, a satellite's number (in the file also a board's node), or None for a ground station ("ground") at
+    latitude, longitude and height, which reaches satellites from `least_elevation_deg` up, or within `longest_gsl_km` where that
+    is given. `topology` "grid": each satellite of the constellation links to the next in its plane and in the next plane, and all
+    relay; "sight": only the boards' satellites and the gateway relay, each to whoever it sees. A link between satellites ends
+    at `longest_isl_km` and where the line of sight comes within 80 km of the ground. Rates are the mission's, not worked out.
+    """
+
+    gateway: int | None = None
+    topology: str = "grid"
+    isl_rate_bps: float = 100e6
+    gsl_rate_bps: float = 10e6
+    longest_isl_km: float | None = None
+    longest_gsl_km: float | None = None
+    least_elevation_deg: float | None = None
+    latitude_deg: float | None = None
+    longitude_deg: float | None = None
+    height_km: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -124,87 +148,7 @@ class Scenario:
     payload: Payload
     run: Run
     boards: tuple[ScenarioBoard, ...]
-
-
-_RANGES: dict[str, tuple[float, float]] = {
-    "scale": (0.01, 10_000.0),
-    "altitude_km": (160.0, 2_000.0),
-    "inclination_deg": (0.0, 180.0),
-    "planes": (1, 1_000),
-    "per_plane": (1, 1_000),
-    "phasing": (0, 999),
-    "raan_deg": (-360.0, 360.0),
-    "argument_deg": (-360.0, 360.0),
-    "start_c": (-100.0, 150.0),
-    "array_w": (0.0, 1e6),
-    "platform_w": (0.0, 1e6),
-    "battery_wh": (0.001, 1e6),
-    "charge_efficiency": (0.01, 1.0),
-    "discharge_efficiency": (0.01, 1.0),
-    "start_soc": (0.0, 1.0),
-    "floor_soc": (0.0, 1.0),
-    "kappa": (0.0, 100.0),
-    "idle_w": (0.0, 1_000.0),
-    "busy_w": (0.0, 1_000.0),
-    "fan_w": (0.0, 1_000.0),
-    "leak_w_per_k": (0.0, 100.0),
-    "r_k_per_w": (0.0, 1_000.0),
-    "tau_s": (0.001, 1e6),
-    "limit_c": (-50.0, 200.0),
-    "load_s": (0.0, 1e6),
-    "alone_s": (0.0, 1e5),
-    "satellite": (0, MAX_SATELLITES - 1),
-    "memory_mb": (1, 1_000_000),
-}
-_CHOICES = {"kind": {"constellation": ("delta", "star"), "bus": ("3U", "6U", "12U")}}
-
-
-def _number(value: Any, name: str, whole: bool, where: str) -> Any:
-    low, high = _RANGES[name]
-    good = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not good or not low <= value <= high:  # false for nan
-        kind = "a whole number" if whole else "a number"
-        raise ScenarioError(f"{where}: {name} is {str(value)[:40]}; give {kind} from {low:g} to {high:g}")
-    return value if whole else float(value)
-
-
-def _table(kind: type, name: str, tree: dict[str, Any], where: str) -> Any:
-    """A dataclass of plain numbers and choices from a TOML table.  Raises: ScenarioError."""
-    entries = tree.get(name, {})
-    if not isinstance(entries, dict):
-        raise ScenarioError(f"{where}: {name} is no table; write [{name}]")
-    known = {field.name: field.type for field in fields(kind)}
-    for key in entries:
-        if key not in known:
-            raise ScenarioError(f"{where}: [{name}] {key[:40]} is unknown; use {', '.join(known)}")
-    values: dict[str, Any] = {}
-    for key, value in entries.items():
-        at = f"{where}: [{name}]"
-        if known[key] == "datetime":
-            values[key] = _instant(value, at)
-        elif known[key] == "str":
-            choices = _CHOICES[key][name]
-            if value not in choices:
-                raise ScenarioError(f"{at} {key} is {str(value)[:40]!r}; use {', '.join(choices)}")
-            values[key] = value
-        elif known[key].startswith("tuple"):
-            if not isinstance(value, list) or not 1 <= len(value) <= 8:
-                raise ScenarioError(f"{at} {key}: give a list of 1 to 8 numbers")
-            values[key] = tuple(_number(item, key, False, at) for item in value)
-        else:
-            values[key] = _number(value, key, known[key] == "int", at)
-    try:
-        return kind(**values)
-    except TypeError:
-        raise ScenarioError(f"{where}: [{name}] needs {', '.join(set(known) - set(values))}") from None
-
-
-def _instant(value: Any, where: str) -> datetime:
-    if not isinstance(value, datetime) or value.tzinfo is None:
-        raise ScenarioError(f"{where} start is {str(value)[:40]!r}; give a time with its zone, as 2026-06-21T12:00:00Z")
-    if not 1957 <= value.year <= 2056:  # the two-digit years of TLEs
-        raise ScenarioError(f"{where} start is in {value.year}; give a year from 1957 to 2056")
-    return value.astimezone(timezone.utc)
+    links: Links | None = None
 
 
 def _plain(key: str, value: Any) -> bool:
@@ -224,10 +168,10 @@ def _board(entry: Any, index: int, satellites: int, where: str) -> ScenarioBoard
         check_id(node)
     except WireError as error:
         raise ScenarioError(f"{at}: {error}") from None
-    satellite = _number(rest.pop("satellite", min(index, satellites - 1)), "satellite", True, at)
+    satellite = number(rest.pop("satellite", min(index, satellites - 1)), "satellite", True, at)
     if satellite >= satellites:
         raise ScenarioError(f"{at}: satellite {satellite} is not there; the constellation has 0 to {satellites - 1}")
-    memory_mb = _number(rest.pop("memory_mb", 512), "memory_mb", True, at)
+    memory_mb = number(rest.pop("memory_mb", 512), "memory_mb", True, at)
     for key in ("sysroot", "pid_file", "state_file", "load_trace"):
         if key in rest:
             raise ScenarioError(f"{at}: {key} is set by whoever starts the boards; remove it")
@@ -239,6 +183,35 @@ def _board(entry: Any, index: int, satellites: int, where: str) -> ScenarioBoard
     except (TypeError, ValueError):
         raise ScenarioError(f"{at} holds a date, or a number that is none; give numbers, texts and lists") from None
     return ScenarioBoard(node, profile, satellite, memory_mb, guard, rest)
+
+
+def _links(tree: dict[str, Any], constellation: Constellation, boards: tuple[ScenarioBoard, ...], where: str) -> Links:
+    at = f"{where}: [links]"
+    links = table(Links, "links", tree, where, special=("gateway",))
+    gateway = tree["links"].get("gateway")
+    nodes = {board.node: board.satellite for board in boards}
+    if gateway != GROUND and (isinstance(gateway, bool) or not isinstance(gateway, (int, str))):
+        raise ScenarioError(
+            f"{at} gateway is {str(gateway)[:40]}; give \"{GROUND}\", a satellite's number or a board's node"
+        )
+    if isinstance(gateway, str) and gateway != GROUND and gateway not in nodes:
+        raise ScenarioError(
+            f"{at} gateway {gateway[:40]!r} is no board's node; give \"{GROUND}\", a satellite's number or a node"
+        )
+    number_of = None if gateway == GROUND else nodes.get(gateway, gateway)
+    of_ground = ("latitude_deg", "longitude_deg", "height_km", "gsl_rate_bps", "longest_gsl_km", "least_elevation_deg")
+    if number_of is None:
+        if links.latitude_deg is None or links.longitude_deg is None:
+            raise ScenarioError(f"{at} gateway {GROUND} needs latitude_deg and longitude_deg")
+        if (links.longest_gsl_km is None) == (links.least_elevation_deg is None):
+            raise ScenarioError(f"{at} gateway {GROUND} needs one of least_elevation_deg and longest_gsl_km")
+    elif given := [key for key in of_ground if key in tree["links"]]:
+        raise ScenarioError(f'{at} {given[0]} is of a ground station; remove it or give gateway = "{GROUND}"')
+    elif not 0 <= number_of < constellation.satellites:
+        raise ScenarioError(
+            f"{at} gateway {number_of} is not there; the constellation has 0 to {constellation.satellites - 1}"
+        )
+    return replace(links, gateway=number_of)
 
 
 def parse(text: str, where: str = "scenario") -> Scenario:
@@ -256,17 +229,17 @@ def parse(text: str, where: str = "scenario") -> Scenario:
 
 
 def _scenario(tree: dict[str, Any], where: str) -> Scenario:
-    known = ("name", "time", "constellation", "bus", "power", "payload", "run", "board")
+    known = ("name", "time", "constellation", "bus", "power", "payload", "links", "run", "board")
     for key in tree:
         if key not in known:
             raise ScenarioError(f"{where}: {key[:40]} is unknown; use {', '.join(known)}")
     name = tree.get("name")
     if not isinstance(name, str) or not 0 < len(name) <= 100:
         raise ScenarioError(f"{where}: give name = a text of at most 100 characters")
-    constellation = _table(Constellation, "constellation", tree, where)
+    constellation = table(Constellation, "constellation", tree, where)
     if constellation.satellites > MAX_SATELLITES:
         raise ScenarioError(f"{where}: {constellation.satellites} satellites; at most {MAX_SATELLITES}")
-    payload = _table(Payload, "payload", tree, where)
+    payload = table(Payload, "payload", tree, where)
     if len(payload.r_k_per_w) != len(payload.tau_s):
         raise ScenarioError(f"{where}: [payload] r_k_per_w and tau_s go together: give as many of each")
     if payload.busy_w <= payload.idle_w:
@@ -280,13 +253,14 @@ def _scenario(tree: dict[str, Any], where: str) -> Scenario:
             raise ScenarioError(f"{where}: two boards have the same {what}; give each its own")
     return Scenario(
         name,
-        _table(Time, "time", tree, where),
+        table(Time, "time", tree, where),
         constellation,
-        _table(Bus, "bus", tree, where),
-        _table(Power, "power", tree, where),
+        table(Bus, "bus", tree, where),
+        table(Power, "power", tree, where),
         payload,
-        _table(Run, "run", tree, where),
+        table(Run, "run", tree, where),
         boards,
+        _links(tree, constellation, boards, where) if "links" in tree else None,
     )
 
 

@@ -1,8 +1,10 @@
-"""Sensor files as the kernel writes them, below a run folder; leaves out everything that can be written to.
+"""Sensor files as the kernel writes them, below a run folder; leaves out everything that can be written to, and of proc/stat
+all but CPU time.
 
 Formats are the drivers', so that an agent meets what it meets on a board: Documentation/ABI/testing/sysfs-class-thermal (`temp`
 in m°C, trip points; `hyst` in m°C as the kernel prints it, though that page says Celsius), Documentation/hwmon/
-sysfs-interface.rst (temp: m°C), drivers/hwmon/raspberrypi-hwmon.c (`rpi_volt`), monitor.py for the power monitors.
+sysfs-interface.rst (temp: m°C), drivers/hwmon/raspberrypi-hwmon.c (`rpi_volt`), monitor.py for the power monitors,
+Documentation/filesystems/proc.rst (`/proc/stat`).
 Files are replaced by renaming, so that a reader never sees half a number.
 """
 
@@ -18,12 +20,15 @@ from pathlib import Path
 
 from firmware_sim import videocore
 from firmware_sim.board import UNDER_VOLTAGE, BoardState, Monitor, Profile, Zone, rail_w, zone_c
-from firmware_sim.monitor import fixed_files, ina226_files, ina3221_files
+from firmware_sim.monitor import fixed_files, ina226_files, ina3221_files, ina3221x_files
 
 LATE_S = 2.0  # how long a reading takes that comes late
+USER_HZ = 100
 _RENAMEAT2 = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux with glibc 2.28
 _AT_FDCWD, _EXCHANGE = -100, 2
 _PI_BUS, _JETSON_BUS = "devices/platform/soc/fe804000.i2c/i2c-1", "devices/platform/bus@0/c240000.i2c/i2c-1"
+_NANO_BUS = "devices/50000000.host1x/546c0000.i2c/i2c-6"
+_DRIVERS = {"ina226": "ina2xx", "ina3221": "ina3221", "ina3221x": "ina3221x"}
 
 
 class Condition(Enum):
@@ -45,6 +50,17 @@ class Attribute:
 def temp_text(temp_c: float, step_mc: int) -> str:
     """m°C in the sensor's own steps."""
     return str(round(temp_c * 1000 / step_mc) * step_mc)
+
+
+def stat_text(core_count: int, busy_s: float, time_s: float) -> str:
+    """The lines of CPU time of /proc/stat: user, nice, system, idle and six more in USER_HZ, of all cores and of each. What is
+    busy is busy in user mode, and each core as much as the others."""
+    busy, idle = busy_s * USER_HZ, (time_s * core_count - busy_s) * USER_HZ
+    # the sum first, its name followed by two spaces; it is not rounded core by core
+    counts = [("cpu ", 1), *((f"cpu{number}", core_count) for number in range(core_count))]
+    # a sum of many small steps may be a little less than a whole tick
+    rows = [(name, int(busy / part + 1e-6), int(idle / part + 1e-6)) for name, part in counts]
+    return "\n".join(f"{name} {user} 0 0 {rest} 0 0 0 0 0 0" for name, user, rest in rows)
 
 
 def trip_files(zone: Zone) -> dict[str, str]:
@@ -73,7 +89,9 @@ class SensorTree:
         self._waited: dict[Path, tuple[int, float]] = {}  # open for writing, and until when
         sys = self._root / "sys"
         pi = profile.maker == "raspberry-pi"
-        for left in [*sys.rglob("*"), *(self._root / videocore.ANSWERS).glob("*")]:  # of an earlier simulator
+        answers, proc = self._root / videocore.ANSWERS, self._root / "proc"
+        proc.mkdir(parents=True, exist_ok=True)
+        for left in [*sys.rglob("*"), *answers.glob("*"), *proc.glob("*")]:  # of an earlier simulator
             if left.is_fifo():
                 self._let_go(left, "")  # or who waits there would wait for ever
                 left.unlink()
@@ -99,10 +117,10 @@ class SensorTree:
             (self._root / videocore.ANSWERS).mkdir(parents=True, exist_ok=True)
         self._monitors = []
         for monitor in profile.monitors:
-            device = sys / (_PI_BUS if pi else _JETSON_BUS) / monitor.address
-            folder = self._hwmon(device)
-            driver = "ina3221" if monitor.chip == "ina3221" else "ina2xx"
-            _link(sys / "bus/i2c/drivers" / driver / monitor.address, device)
+            iio = monitor.chip == "ina3221x"  # JetPack 4
+            device = sys / (_NANO_BUS if iio else _PI_BUS if pi else _JETSON_BUS) / monitor.address
+            folder = self._iio(device) if iio else self._hwmon(device)
+            _link(sys / "bus/i2c/drivers" / _DRIVERS[monitor.chip] / monitor.address, device)
             self._monitors.append(folder)
             self.write({folder / name: Attribute(text) for name, text in fixed_files(monitor).items()})
 
@@ -110,6 +128,11 @@ class SensorTree:
         folder = device / f"hwmon/hwmon{self._hwmons}"
         _link(self._root / "sys/class/hwmon" / folder.name, folder)
         self._hwmons += 1
+        return folder
+
+    def _iio(self, device: Path) -> Path:
+        folder = device / f"iio:device{len(self._monitors)}"
+        _link(self._root / "sys/bus/iio/devices" / folder.name, folder)
         return folder
 
     def temperatures(self, zones_c: Sequence[float]) -> Files:
@@ -129,6 +152,11 @@ class SensorTree:
         """The files of one power monitor. "power" aims at all of it, a rail's label at that rail."""
         files = _power_files(self._profile.monitors[index], rails_w)
         return {self._monitors[index] / name: attribute for name, attribute in files.items()}
+
+    def cpu_time(self, state: BoardState) -> Files:
+        """The kernel's count of what the cores have done."""
+        text = stat_text(self._profile.core_count, state.busy_s, state.time_s)
+        return {self._root / "proc/stat": Attribute(text)}
 
     def firmware(self, flags: int, pmic: str) -> Files:
         """A Raspberry Pi's flags and, on a Pi 5, its power chip's answer."""
@@ -150,6 +178,7 @@ class SensorTree:
         files = self.firmware(state.flags, videocore.pmic_text(state.power_w, profile.idle_w, lambda: 0.0))
         for index, monitor in enumerate(profile.monitors):
             files |= self.power(index, [rail_w(profile, rail, state.power_w) for rail in monitor.rails])
+        files |= self.cpu_time(state)
         return files | self.temperatures([zone_c(profile, zone, state) for zone in profile.zones])
 
     def write(self, files: Mapping[Path, Attribute | Condition]) -> None:
@@ -216,6 +245,13 @@ def _power_files(monitor: Monitor, rails_w: Sequence[float]) -> dict[str, Attrib
         return {name: Attribute(text, ("power", monitor.chip)) for name, text in files.items()}
     rails = [(watts, rail.volts, rail.shunt_uohm) for watts, rail in zip(rails_w, monitor.rails)]
     files = {}
+    if monitor.chip == "ina3221x":
+        for channel, rail in enumerate(monitor.rails):
+            files[f"rail_name_{channel}"] = Attribute(rail.label, (rail.label,))
+        for name, text in ina3221x_files(rails).items():
+            channel = int("".join(filter(str.isdigit, name)))  # the only number in it
+            files[name] = Attribute(text, ("power", monitor.rails[channel].label))
+        return files
     for name, text in ina3221_files(rails).items():
         # in1 and curr1 are channel 1, in4 is its shunt; in7 and curr4 belong to no channel
         number = int(name.split("_")[0].removeprefix("in").removeprefix("curr"))

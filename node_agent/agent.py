@@ -15,11 +15,13 @@ from importlib import metadata
 
 import psutil
 
-from node_agent import burn, energy, experts, frame, guard_loop, sensors, telemetry, wire
+from node_agent import burn, energy, experts, frame, guard_loop, power_model, sensors, telemetry, wire
 from node_agent.config import Config
 from node_agent.control import Control
 from node_agent.counters import Counters
 from node_agent.dataplane import DataPlane
+from node_agent.delivery import Delivery, Receiver
+from node_agent.delivery_store import Store
 from node_agent.errors import CommandError, DataPlaneError, GuardError
 from node_agent.pacing import Pacer
 from node_agent.watchdog import Notifier, Watchdog
@@ -58,16 +60,25 @@ class Agent:
         self.counters = Counters(serving=serving)
         self._memory_bytes = memory_limit_bytes(config)
         bundle = config.bundle
-        self.experts = experts.load(bundle.path, bundle.shards, self._memory_bytes, bundle.threads)
-        self.found = sensors.find(config.node.sysroot)
+        store = Store(config.node.state_dir / "shards", bundle.path)
+        flashed = tuple(stem for stem in bundle.shards if not store.dropped(stem))
+        self.experts = experts.load(bundle.path, flashed, self._memory_bytes, bundle.threads)
+        cpu, model = power_model.CpuTime(config.node.sysroot), config.power_model
+        self.found = power_model.with_model(sensors.find(config.node.sysroot), cpu, model)
+        if self.found.estimate:
+            log.warning("no power sensor: joules are estimated by [power_model], %s", self.found.estimate)
         self._simulated = sensors.is_simulated(config.node.sysroot)
         self._probe = telemetry.ProcessProbe()
         self._started_s = time.monotonic()
         self._stop = threading.Event()
         self._publishing = threading.Lock()
-        self._meter = energy.EnergyMeter(self.found, config.telemetry.sample_hz, self.counters)
+        self._meter = energy.EnergyMeter(self.found, config.telemetry.sample_hz, self.counters, cpu=cpu, model=model)
         pacer = Pacer()
         self._link = DataPlane(config.node.id, config.link, self.experts, self.counters, self._bad_frame, pacer)
+        receiver = Receiver(
+            store, self.experts, self.counters, self._memory_bytes, self._shards_changed, self._bad_delivery
+        )
+        self._delivery = Delivery(config.node.id, config.link, receiver)
         self._guard = guard_loop.GuardLoop(
             config.guard, config.node.sysroot, self.found, self.counters, pacer, self._event
         )
@@ -79,6 +90,7 @@ class Agent:
             self._control = Control(
                 config, config.broker, self.counters, self._birth, self._command, on_heard=self._guard.heard
             )
+        receiver.restore()
 
     def stop(self) -> None:
         self._stop.set()
@@ -94,6 +106,7 @@ class Agent:
                 log.warning("no [broker] in the configuration: neither telemetry nor commands")
             else:
                 stack.enter_context(self._control)
+            stack.enter_context(self._delivery)
             stack.enter_context(self._burn)  # after the control plane: it ends before, and can still say so
             node = self.config.node
             counts = f"{len(self.experts.hosted)} shards, {len(self.found.sensors)} sensors"
@@ -220,6 +233,17 @@ class Agent:
             return
         log.warning("first data-plane error of kind %s: %s", kind, text)
         self._event("warning", "bad_frame", f"{kind}: {text}")
+
+    def _shards_changed(self, text: str) -> None:
+        """From delivery's thread: the fleet learns of it by a new birth."""
+        log.info("%s", text)
+        if self._control is not None:
+            self._control.changed()
+        self._event("info", "shards", text)
+
+    def _bad_delivery(self, kind: str, text: str) -> None:
+        log.warning("first error of delivery of kind %s: %s", kind, text)
+        self._event("warning", "delivery", f"{kind}: {text}")
 
     def _event(self, severity: str, kind: str, text: str) -> None:
         if self._control is not None:

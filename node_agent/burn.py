@@ -63,20 +63,26 @@ class Order:
 
 
 def parse_order(arguments: Mapping[str, str], now_s: float) -> Order | None:
-    """The command `burn` with {"seconds": "60", "duty": "1.0"}; None: `seconds` is 0, stop.  Raises: CommandError."""
+    """The command `burn` with {"seconds": "60", "duty": "1.0"}; None: `seconds` is 0, stop, whatever `duty` says: a load that
+    is to end must not go on for a mistake beside it.  Raises: CommandError."""
     unknown = set(arguments) - {"seconds", "duty"}
     if unknown:
         raise CommandError(f"burn has the argument {min(unknown)[:40]!r}, which is unknown: give seconds and duty")
     values = {}
-    for name, default, (low, high) in (("seconds", "", (0.0, MAX_SECONDS)), ("duty", "1", DUTIES)):
+    for name, default, (low, high), zero in (
+        ("seconds", "", (0.0, MAX_SECONDS), " (0 stops a burn)"),
+        ("duty", "1", DUTIES, ""),
+    ):
         text = arguments.get(name, default)
         try:
             values[name] = float(text) if len(text) <= 32 else math.nan
         except ValueError:
             values[name] = math.nan
         if not low <= values[name] <= high:
-            raise CommandError(f"burn's {name} is {text[:40]!r}: give a number of {low:g} to {high:g}")
-    return Order(values["duty"], now_s + values["seconds"]) if values["seconds"] else None
+            raise CommandError(f"burn's {name} is {text[:40]!r}: give a number of {low:g} to {high:g}{zero}")
+        if name == "seconds" and not values[name]:
+            return None
+    return Order(values["duty"], now_s + values["seconds"])
 
 
 class Allowance:

@@ -44,7 +44,11 @@ def _parser() -> argparse.ArgumentParser:
     selftest.add_argument("--sysroot", type=Path, default=Path("/"), metavar="DIR", help="folder that /sys is below")
     selftest.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     sensors = commands.add_parser("sensors", help="list the sensors found, and read each once")
-    sensors.add_argument("--sysroot", type=Path, default=Path("/"), metavar="DIR", help="folder that /sys is below")
+    where = sensors.add_mutually_exclusive_group()
+    where.add_argument("--sysroot", type=Path, default=Path("/"), metavar="DIR", help="folder that /sys is below")
+    where.add_argument(
+        "--config", type=Path, metavar="FILE", help="the agent's TOML file: its sysroot, and its [power_model] too"
+    )
     sensors.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     sensors.add_argument(
         "--rate", action="store_true", help="measure rates that no driver tells, by a burst of 0.5 s for each sensor"
@@ -74,17 +78,23 @@ def _selftest(arguments: argparse.Namespace) -> int:
 
 
 def _sensors(arguments: argparse.Namespace) -> int:
-    from node_agent import sensors, sensors_table
+    from node_agent import power_model, sensors, sensors_table
     from node_agent.errors import ConfigError
 
-    if not arguments.sysroot.is_dir():
-        raise ConfigError(f"--sysroot {arguments.sysroot} is no folder: give the folder that /sys is below")
-    found = sensors.find(arguments.sysroot)
+    sysroot, model = arguments.sysroot, None
+    if arguments.config is not None:
+        from node_agent import config
+
+        settings = config.load(arguments.config)
+        sysroot, model = settings.node.sysroot, settings.power_model
+    if not sysroot.is_dir():
+        raise ConfigError(f"sysroot {sysroot} is no folder: give the folder that /sys is below")
+    found = power_model.with_model(sensors.find(sysroot), power_model.CpuTime(sysroot), model)
     rows = sensors_table.rows(found, arguments.rate)
     if arguments.json:
         print(json.dumps(sensors_table.as_tree(found, rows), indent=1))
     else:
-        print(sensors_table.as_table(found, rows, arguments.sysroot))
+        print(sensors_table.as_table(found, rows, sysroot))
     return EXIT_OK
 
 

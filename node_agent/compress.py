@@ -2,6 +2,7 @@
 
 T is rows (tokens), D the hidden size. Block codecs use blocks of 32 values with one fp16 scale, the format of peers
 (Q8_0: 8.5 bits per value, Q4_0: 4.5; ggml, MIT), so that our better codecs have an honest baseline.
+`importance` (entropy.py) has no fixed size: a step per row decides.
 Leaves out: which codec to use when (the ground station's decision).
 """
 
@@ -11,6 +12,8 @@ import math
 from typing import Callable, NamedTuple
 
 import numpy as np
+
+from node_agent import entropy
 
 BLOCK = 32
 
@@ -108,13 +111,16 @@ def _decode_q4(payload: memoryview, t: int, d: int) -> np.ndarray:
 
 
 class Codec(NamedTuple):
-    """`encode` takes float32 [T, D]; `decode` takes exactly `size(T, D)` bytes and gives float32 [T, D]."""
+    """`encode` takes float32 [T, D]; `decode` takes exactly `size(T, D)` bytes and gives float32 [T, D].
+
+    Without `size` the length depends on the values: `decode` then checks it, and `encode` takes a step (see `encode` below).
+    """
 
     name: str
     id: int
-    encode: Callable[[np.ndarray], bytes]
+    encode: Callable[..., bytes]
     decode: Callable[[memoryview, int, int], np.ndarray]
-    size: Callable[[int, int], int]
+    size: Callable[[int, int], int] | None
 
 
 CODECS: dict[str, Codec] = {
@@ -124,6 +130,7 @@ CODECS: dict[str, Codec] = {
         Codec("fp16", 1, _encode_fp16, _decode_fp16, lambda t, d: 2 * t * d),
         Codec("q8", 2, _encode_q8, _decode_q8, lambda t, d: t * _blocks(d) * (2 + BLOCK)),
         Codec("q4", 3, _encode_q4, _decode_q4, lambda t, d: t * _blocks(d) * (2 + BLOCK // 2)),
+        Codec("importance", 4, entropy.encode, entropy.decode, None),
     )
 }
 CODEC_OF_ID: dict[int, Codec] = {codec.id: codec for codec in CODECS.values()}
@@ -134,14 +141,22 @@ def _all_finite(x: np.ndarray) -> bool:
     return math.isfinite(np.add.reduce(x, None)) or bool(np.isfinite(x).all())
 
 
-def encode(name: str, x: np.ndarray) -> bytes:
-    """Payload of x, float32 [T, D].  Raises: CodecError for an unknown codec or values that are not finite."""
+def encode(name: str, x: np.ndarray, step: np.ndarray | float | None = None) -> bytes:
+    """Payload of x, float32 [T, D]. `step`: quantiser step of all rows or of each [T], for codecs of no fixed size alone.
+
+    Raises: CodecError for an unknown codec, values that are not finite, steps or sizes that the codec cannot hold.
+    """
     codec = CODECS.get(name)
     if codec is None:
         raise CodecError(f"codec {name!r} is unknown: use one of {', '.join(CODECS)}")
     if not _all_finite(x):
         raise CodecError("hidden states hold values that are not finite")
-    return codec.encode(x)
+    if codec.size is not None:
+        return codec.encode(x)
+    try:
+        return codec.encode(x, step)
+    except entropy.EntropyError as error:
+        raise CodecError(str(error)) from None
 
 
 def decode(codec_id: int, payload: bytes | memoryview, t: int, d: int) -> np.ndarray:
@@ -149,6 +164,11 @@ def decode(codec_id: int, payload: bytes | memoryview, t: int, d: int) -> np.nda
     codec = CODEC_OF_ID.get(codec_id)
     if codec is None:
         raise CodecError(f"codec id {codec_id} is unknown to this version")
+    if codec.size is None:
+        try:
+            return codec.decode(memoryview(payload), t, d)  # steps and levels are finite by their encoding
+        except entropy.EntropyError as error:
+            raise CodecError(str(error)) from None
     if len(payload) != codec.size(t, d):
         raise CodecError(f"{codec.name} [{t}, {d}] needs {codec.size(t, d)} bytes, got {len(payload)}")
     x = codec.decode(memoryview(payload), t, d)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from node_agent import wire
+from node_agent import history, wire
 from node_agent.errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -63,12 +63,16 @@ class BrokerConfig:
 
 @dataclass(frozen=True)
 class LinkConfig:
-    """The data plane's far end, which we dial. With `server_public_key` (Z85) the connection is CURVE."""
+    """The data plane's far end, which we dial. With `server_public_key` (Z85) the connection is CURVE.
+
+    `delivery_endpoint`: its second socket, over which shards come, under the same key; empty: this node takes none.
+    """
 
     endpoint: str
     server_public_key: str = ""
     secret_key_file: Path | None = None
     allow_insecure: bool = False
+    delivery_endpoint: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,15 @@ class TelemetryConfig:
 
     period_s: float = 1.0
     sample_hz: float = 10.0
+
+
+@dataclass(frozen=True)
+class HistoryConfig:
+    """How much telemetry is kept in memory while nobody takes it in: at most `max_messages` and `max_bytes` (compressed; some
+    0.6 kB a message), whichever is reached first. Then the oldest is dropped, and counted."""
+
+    max_messages: int = history.MAX_MESSAGES
+    max_bytes: int = history.MAX_BYTES
 
 
 @dataclass(frozen=True)
@@ -100,6 +113,19 @@ class GuardConfig:
 
 
 @dataclass(frozen=True)
+class PowerModelConfig:
+    """What a board without a power sensor takes: `idle_w`, and `w_per_busy_core` for each core that is busy.
+
+    `fitted_on` (in the file `from`): which board and meter it comes from; `residual_w`: rms of what the fit left, if known.
+    """
+
+    idle_w: float
+    w_per_busy_core: float
+    fitted_on: str = ""
+    residual_w: float | None = None
+
+
+@dataclass(frozen=True)
 class Config:
     """The whole file. `broker` None: this node has no control plane, it only serves the data plane."""
 
@@ -109,6 +135,8 @@ class Config:
     link: LinkConfig
     telemetry: TelemetryConfig
     guard: GuardConfig = GuardConfig()
+    power_model: PowerModelConfig | None = None
+    history: HistoryConfig = HistoryConfig()
 
 
 class _Table:
@@ -144,9 +172,11 @@ class _Table:
         value = self.text(key, want, None if required else "")
         return self._base / value if value else None
 
-    def number(self, key: str, low: float, high: float, default: float | None, whole: bool = False) -> Any:
+    def number(
+        self, key: str, low: float, high: float, default: float | None, whole: bool = False, required: bool = False
+    ) -> Any:
         want = f"{'an integer' if whole else 'a number'} of {low:g} to {high:g}"
-        value = self._take(key, False, want)
+        value = self._take(key, required, want)
         if value is None:
             return default
         kinds = (int,) if whole else (int, float)
@@ -243,29 +273,39 @@ def _broker(table: _Table) -> BrokerConfig:
     return broker
 
 
+def _host(table: _Table, key: str, endpoint: str) -> str:
+    """Host of a tcp://HOST:PORT.  Raises: ConfigError."""
+    try:
+        url = urlsplit(endpoint)
+        usable = url.scheme == "tcp" and url.hostname and url.port and not (url.path or url.query or url.username)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise table.fail(key, endpoint, "tcp://HOST:PORT of the ground station")
+    return url.hostname
+
+
 def _link(table: _Table) -> LinkConfig:
     link = LinkConfig(
         table.text("endpoint", "tcp://HOST:PORT of the ground station"),
         table.text("server_public_key", "the ground station's key of 40 characters", ""),
         table.path("secret_key_file", "a file for this node's secret key (made when it is missing)"),
         table.flag("allow_insecure"),
+        table.text("delivery_endpoint", "tcp://HOST:PORT of the ground station's socket for shards", ""),
     )
-    try:
-        url = urlsplit(link.endpoint)
-        usable = url.scheme == "tcp" and url.hostname and url.port and not (url.path or url.query or url.username)
-    except ValueError:
-        usable = False
-    if not usable:
-        raise table.fail("endpoint", link.endpoint, "tcp://HOST:PORT of the ground station")
+    dialled = {link.endpoint: _host(table, "endpoint", link.endpoint)}
+    if link.delivery_endpoint:
+        dialled[link.delivery_endpoint] = _host(table, "delivery_endpoint", link.delivery_endpoint)
     if link.server_public_key and not Z85_PATTERN.fullmatch(link.server_public_key):
         raise table.fail("server_public_key", link.server_public_key, "the ground station's key of 40 characters")
     if bool(link.server_public_key) != bool(link.secret_key_file):
         raise ConfigError("[data] server_public_key and secret_key_file go together: give both or neither")
-    if not link.server_public_key and not is_loopback(url.hostname) and not link.allow_insecure:
-        raise ConfigError(
-            f"[data] {link.endpoint} is not this machine and there is no server_public_key: "
-            f"give it with secret_key_file, or set allow_insecure = true"
-        )
+    for endpoint, host in dialled.items():
+        if not link.server_public_key and not is_loopback(host) and not link.allow_insecure:
+            raise ConfigError(
+                f"[data] {endpoint} is not this machine and there is no server_public_key: "
+                f"give it with secret_key_file, or set allow_insecure = true"
+            )
     return link
 
 
@@ -283,6 +323,23 @@ def _guard(table: _Table) -> GuardConfig:
     )
 
 
+def _history(table: _Table) -> HistoryConfig:
+    default = HistoryConfig()
+    return HistoryConfig(
+        table.number("max_messages", *history.MESSAGES_BOUNDS, default.max_messages, whole=True),
+        table.number("max_bytes", *history.BYTES_BOUNDS, default.max_bytes, whole=True),
+    )
+
+
+def _power_model(table: _Table) -> PowerModelConfig:
+    return PowerModelConfig(
+        table.number("idle_w", 0.0, 1000.0, None, required=True),
+        table.number("w_per_busy_core", 0.0, 1000.0, None, required=True),
+        table.text("from", "in words which board and meter it was fitted on", ""),
+        table.number("residual_w", 0.0, 1000.0, None),
+    )
+
+
 def parse(text: str, base: Path) -> Config:
     """Configuration in `text`; relative paths are below `base`.  Raises: ConfigError."""
     try:
@@ -290,6 +347,7 @@ def parse(text: str, base: Path) -> Config:
     except (ValueError, RecursionError) as error:  # also for a number of thousands of digits
         raise ConfigError(f"not TOML: {str(error)[:200]}: correct that line") from None
     known = {"node": True, "bundle": False, "broker": False, "data": True, "telemetry": False, "guard": False}
+    known |= {"power_model": False, "history": False}
     for name in tree:
         if name not in known:
             raise ConfigError(f"[{name}] is unknown: use {', '.join(known)}")
@@ -306,6 +364,8 @@ def parse(text: str, base: Path) -> Config:
         _link(tables["data"]),
         TelemetryConfig(telemetry.number("period_s", 0.05, 3600, 1.0), telemetry.number("sample_hz", 0.1, 1000, 10.0)),
         _guard(tables["guard"]),
+        _power_model(tables["power_model"]) if "power_model" in tree else None,
+        _history(tables["history"]),
     )
     for name, table in tables.items():
         if name in tree:

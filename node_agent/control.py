@@ -80,7 +80,7 @@ class Control:
             self._run,
             publish=lambda payload: self._connection.publish(self._topics.history(self._node), payload, 1),
             unheard=lambda mid: mid in self._connection.unheard,
-            history=history,
+            history=History(config.history.max_messages, config.history.max_bytes) if history is None else history,
         )
         self.clock = GroundClock()
         self._events: deque[_Event] = deque(maxlen=MAX_EVENTS)
@@ -161,15 +161,24 @@ class Control:
 
     def rebirth(self) -> None:
         """Publishes the birth certificate and 'online' (both retained); telemetry's seq starts again, at 1."""
-        birth = wire.encode(self._make_birth(self._bd_seq))
         with self._sending:
-            self._seq = 0
-            self._session = self._bd_seq
-            self._connection.publish(self._topics.birth(self._node), birth, 1, retain=True)
-            self._say("online")
-            self._born = self._was_born = True
-            self._forwarder.up()
-            self._send_events()
+            self._rebirth()
+
+    def changed(self) -> None:
+        """What the birth certificate says has changed: a new one, if there is a broker. From any thread."""
+        with self._sending:
+            if self._connection.is_up:  # else the next connection begins with one
+                self._rebirth()
+
+    def _rebirth(self) -> None:
+        birth = wire.encode(self._make_birth(self._bd_seq))  # under the lock: an older one must not be sent after it
+        self._seq = 0
+        self._session = self._bd_seq
+        self._connection.publish(self._topics.birth(self._node), birth, 1, retain=True)
+        self._say("online")
+        self._born = self._was_born = True
+        self._forwarder.up()
+        self._send_events()
 
     def _say(self, text: wire.StatusText) -> mqtt.MQTTMessageInfo | None:
         status = wire.Status(self._node, text, self._bd_seq)

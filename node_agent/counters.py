@@ -54,6 +54,8 @@ class Counters:
     codec_s: float = 0.0
     link_errors: dict[str, int] = field(default_factory=dict)  # written by the data plane
     control_errors: dict[str, int] = field(default_factory=dict)  # written by the control plane
+    shard_bytes_in: int = 0  # of shards, over the second socket
+    delivery_errors: dict[str, int] = field(default_factory=dict)  # written by the delivery of shards
     serving: Activity = field(default_factory=Activity)
     reporting: Activity = field(default_factory=Activity)
 

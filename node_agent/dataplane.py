@@ -97,7 +97,7 @@ class Service:
             self._counters.serving.enter("radio")
         computed_ns = time.perf_counter_ns()
         try:
-            payload = compress.encode(request.reply_codec, partial)
+            payload = compress.encode(request.reply_codec, partial, request.reply_step)
         except compress.CodecError as error:
             return self._refuse("compute", f"experts gave a result that cannot be sent: {error}", *where)
         compute_ns, codec_ns = computed_ns - start_ns, decode_ns + time.perf_counter_ns() - computed_ns
@@ -173,17 +173,50 @@ def own_key(path: Path) -> tuple[bytes, bytes]:
     return zmq.curve_public(secret.encode()), secret.encode()
 
 
-class _LibzmqDealer:
-    """The encrypted link, by libzmq. Also watches the connection: libzmq never dials again after a protocol error such as a
-    frame over MAXMSGSIZE (session_base.cpp, engine_error: only timeouts and lost connections are retried), so a node would
-    stay away for good."""
+def open_dealer(
+    context: zmq.Context, node: str, endpoint: str, max_bytes: int, server_key: str, keys: tuple[bytes, bytes] | None
+) -> zmq.Socket:
+    """libzmq's DEALER, dialling `endpoint`; with `keys` (public, secret) by CURVE, to the server of `server_key` alone."""
+    socket = context.socket(zmq.DEALER)
+    for option, value in (
+        (zmq.ROUTING_ID, node.encode()),
+        (zmq.LINGER, 0),
+        (zmq.IMMEDIATE, 1),  # nothing is queued for a ground station that is not there
+        (zmq.SNDHWM, QUEUE_FRAMES),
+        (zmq.RCVHWM, QUEUE_FRAMES),
+        (zmq.MAXMSGSIZE, max_bytes),
+        (zmq.RECONNECT_IVL, 100),
+        (zmq.RECONNECT_IVL_MAX, 1000),
+        (zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS),
+        (zmq.TCP_KEEPALIVE, 1),
+        (zmq.TCP_KEEPALIVE_IDLE, 10),
+        (zmq.TCP_KEEPALIVE_INTVL, 5),
+        (zmq.TCP_KEEPALIVE_CNT, 3),
+        (zmq.HEARTBEAT_IVL, 2000),  # ZMTP's own, answered by the I/O thread: finds a ground station that vanished
+        (zmq.HEARTBEAT_TIMEOUT, 6000),
+        (zmq.IPV6, 1),
+        (zmq.RCVTIMEO, WAIT_MS),
+        (zmq.SNDTIMEO, WAIT_MS),
+    ):
+        socket.setsockopt(option, value)
+    if keys:
+        socket.curve_publickey, socket.curve_secretkey = keys
+        socket.curve_serverkey = server_key.encode()
+    socket.connect(endpoint)
+    return socket
+
+
+class LibzmqDealer:
+    """A link by libzmq: encrypted ones, and delivery's. Also watches the connection: libzmq never dials again after a protocol
+    error such as a frame over MAXMSGSIZE (session_base.cpp, engine_error: only timeouts and lost connections are retried), so a
+    node would stay away for good."""
 
     def __init__(self, socket: zmq.Socket):
         self._socket = socket
         self._monitor = socket.get_monitor_socket()
         self._connected, self._last_event_s = False, time.monotonic()
 
-    def __enter__(self) -> _LibzmqDealer:
+    def __enter__(self) -> LibzmqDealer:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -257,33 +290,10 @@ class DataPlane:
         return self._thread.is_alive()
 
     def _open(self, context: zmq.Context) -> zmq.Socket:
-        socket = context.socket(zmq.DEALER)
-        for option, value in (
-            (zmq.ROUTING_ID, self._node.encode()),
-            (zmq.LINGER, 0),
-            (zmq.IMMEDIATE, 1),  # nothing is queued for a ground station that is not there
-            (zmq.SNDHWM, QUEUE_FRAMES),
-            (zmq.RCVHWM, QUEUE_FRAMES),
-            (zmq.MAXMSGSIZE, frame.MAX_FRAME_BYTES),
-            (zmq.RECONNECT_IVL, 100),
-            (zmq.RECONNECT_IVL_MAX, 1000),
-            (zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS),
-            (zmq.TCP_KEEPALIVE, 1),
-            (zmq.TCP_KEEPALIVE_IDLE, 10),
-            (zmq.TCP_KEEPALIVE_INTVL, 5),
-            (zmq.TCP_KEEPALIVE_CNT, 3),
-            (zmq.HEARTBEAT_IVL, 2000),  # ZMTP's own, answered by the I/O thread: finds a ground station that vanished
-            (zmq.HEARTBEAT_TIMEOUT, 6000),
-            (zmq.IPV6, 1),
-            (zmq.RCVTIMEO, WAIT_MS),
-            (zmq.SNDTIMEO, WAIT_MS),
-        ):
-            socket.setsockopt(option, value)
-        if self._keys:
-            socket.curve_publickey, socket.curve_secretkey = self._keys
-            socket.curve_serverkey = self._link.server_public_key.encode()
-        socket.connect(self._link.endpoint)
-        return socket
+        link = self._link
+        return open_dealer(
+            context, self._node, link.endpoint, frame.MAX_FRAME_BYTES, link.server_public_key, self._keys
+        )
 
     def _run(self) -> None:
         """Makes the link anew whenever it fails; plain links without libzmq's I/O thread (see zmtp)."""
@@ -295,7 +305,7 @@ class DataPlane:
                 self.beat_s = time.monotonic()
                 waiting: deque[tuple[int, bytes]] = deque()
                 try:
-                    with self._dial_plain() if plain else _LibzmqDealer(self._open(context)) as link:
+                    with self._dial_plain() if plain else LibzmqDealer(self._open(context)) as link:
                         pause_s = HELLO_RETRY_S
                         self._serve(link, waiting)
                 except OSError as error:
@@ -320,7 +330,7 @@ class DataPlane:
             host.strip("[]"), int(port), self._node.encode(), frame.MAX_FRAME_BYTES, CONNECT_TIMEOUT_MS / 1000
         )
 
-    def _serve(self, link: ZmtpDealer | _LibzmqDealer, waiting: deque[tuple[int, bytes]]) -> None:
+    def _serve(self, link: ZmtpDealer | LibzmqDealer, waiting: deque[tuple[int, bytes]]) -> None:
         """Serves until a stop, or until the link has to be made anew; `waiting` keeps what had no answer by then.
 
         Raises: OSError when a plain link fails.
@@ -346,7 +356,7 @@ class DataPlane:
                 self._send(link, self.service.answer(data, received_ns))
             self._counters.serving.leave()
 
-    def _serve_limited(self, link: ZmtpDealer | _LibzmqDealer, waiting: deque[tuple[int, bytes]]) -> None:
+    def _serve_limited(self, link: ZmtpDealer | LibzmqDealer, waiting: deque[tuple[int, bytes]]) -> None:
         """One frame at most, as the duty cap allows; or a short wait, which ends when another frame comes."""
         plan = self.pacer.plan(waiting, time.perf_counter_ns())
         waiting.clear()
@@ -367,7 +377,7 @@ class DataPlane:
                 self.pacer.computed(started_ns, time.perf_counter_ns())
             self._send(link, reply)
 
-    def _send(self, link: ZmtpDealer | _LibzmqDealer, reply: bytes | None) -> None:
+    def _send(self, link: ZmtpDealer | LibzmqDealer, reply: bytes | None) -> None:
         if reply is not None:
             if link.send(reply):
                 self._counters.bytes_out += len(reply)
@@ -375,7 +385,7 @@ class DataPlane:
                 Counters.count(self._counters.link_errors, "unsent")
 
     @staticmethod
-    def _drain(link: ZmtpDealer | _LibzmqDealer, waiting: deque[tuple[int, bytes]]) -> None:
+    def _drain(link: ZmtpDealer | LibzmqDealer, waiting: deque[tuple[int, bytes]]) -> None:
         """Takes in what has arrived already, so that its budget counts from now and not from when its turn comes."""
         held = sum(len(data) for _, data in waiting)
         while len(waiting) < MAX_DRAINED and held < MAX_DRAINED_BYTES and link.more():

@@ -5,8 +5,10 @@ not left to the receiver. A sample is due whenever the sensor has new data, but 
 (percent of one core, CPU time of the sampler's own thread), and what it costs is published. Where the board has an energy
 counter (RAPL) its differences are summed instead. The arithmetic, and the method of the division, is joules.py's.
 CPU time of a sensor that is a program (vcgencmd) is not in that cost.
-Leaves out: a board without a power sensor has no joules: no model guesses them. Calibration of the meter. Joules of one
-request: a receiver takes the differences of these counters between two telemetry messages (the command `sample`).
+A board without a power sensor has no joules, unless a model is configured: then they are an estimate and labelled so
+(power_model.py). Where there is a sensor, a configured model is only compared with it.
+Leaves out: calibration of the meter. Joules of one request: a receiver takes the differences of these counters between two
+telemetry messages (the command `sample`).
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from node_agent import sensors
+from node_agent.config import PowerModelConfig
 from node_agent.counters import Counters
 from node_agent.joules import MAX_GAP_S, Busy, CounterSum, Division, Integral, Pace, Split, Step
+from node_agent.power_model import CpuTime, Judge, Moment
 from node_agent.wire import Provenance, Sample
 
 __all__ = ["CounterSum", "EnergyMeter", "Integral", "Snapshot", "samples"]
@@ -31,10 +35,12 @@ SAMPLE_WAIT_S = 0.25  # how long `sample` waits for a sensor that hangs
 
 @dataclass(frozen=True)
 class Snapshot:
-    """State of the meter. `power_w` is the mean since the last snapshot; None where nothing was read.
+    """State of the meter. `power_w` is the mean since the last snapshot, or up to the newest reading where there is none since;
+    None where nothing was read, after a gap, and once it is stale.
 
     `stale`: the sensor has given nothing for MAX_GAP_S, the joules are those until then. `cost_percent` of one core, since
-    the last snapshot; `baseline_w` as joules.Baseline has it, None until there was half a second of quiet.
+    the last snapshot; `baseline_w` as joules.Baseline has it, None until there was half a second of quiet. `cpu_busy_s`: of all
+    cores, since the machine's start. `residual_w`: the sensor's mean power less the model's; `judged`: there are both.
     """
 
     energy_j: float | None
@@ -47,6 +53,10 @@ class Snapshot:
     baseline_w: float | None = None
     cost_percent: float | None = None
     stale: bool = False
+    cpu_busy_s: float | None = None
+    cpu_simulated: bool = False
+    residual_w: float | None = None
+    judged: bool = False
 
 
 class _Direct(sensors.TimedCalls):
@@ -68,6 +78,8 @@ class EnergyMeter:
         sample_hz: samples per second, where the sensor does not say how often it has new data.
         counters: what the agent does, for the division; without them everything is idle.
         max_cost_percent: of one core; the sampler slows down rather than pass it.
+        cpu: where CPU time is read from, with the snapshots.
+        model: to be judged by the sensor.
     """
 
     def __init__(
@@ -76,8 +88,12 @@ class EnergyMeter:
         sample_hz: float,
         counters: Counters | None = None,
         max_cost_percent: float = MAX_COST_PERCENT,
+        cpu: CpuTime | None = None,
+        model: PowerModelConfig | None = None,
     ):
         self._total = found.total
+        self._cpu = cpu
+        self._judge = None if model is None or found.estimate or not found.total else Judge(model)
         self._counters = counters
         rates_hz = [rate for sensor in self._total if (rate := sensor.rate_hz)]
         self.wanted_hz = min(max(rates_hz, default=sample_hz), MAX_SAMPLE_HZ)
@@ -92,6 +108,7 @@ class EnergyMeter:
         self._cpu_s = 0.0
         self._valid_s: float | None = None  # time of the last valid sample
         self._mark: tuple[float, float, float] | None = None  # that time, joules and gap at the last snapshot
+        self._mean_w: float | None = None
         self._rate_mark = (time.monotonic(), 0, 0.0)  # time, samples, CPU seconds at the last snapshot
         self._thread = threading.Thread(target=self._run, name="energy", daemon=True) if self._total else None
 
@@ -169,8 +186,10 @@ class EnergyMeter:
 
     def snapshot(self) -> Snapshot:
         """Joules so far, and the mean power since the last call."""
+        busy_s = self._cpu.busy_s() if self._cpu is not None else None
+        cpu_simulated = self._cpu is not None and self._cpu.simulated
         if not self._total:
-            return Snapshot(None, None, 0.0, 0.0, "derived", "board")
+            return Snapshot(None, None, 0.0, 0.0, "derived", "board", cpu_busy_s=busy_s, cpu_simulated=cpu_simulated)
         counted = self._total[0].unit == "J"
         with self._changed:
             now_s = time.monotonic()
@@ -184,18 +203,24 @@ class EnergyMeter:
             rate_hz = (self._samples - samples) / elapsed_s
             cost_percent = 100 * (self._cpu_s - cpu_s) / elapsed_s
             self._rate_mark = (now_s, self._samples, self._cpu_s)
-            mean_w, last, energy_j = None, self._mark, split.total_j
+            last, energy_j = self._mark, split.total_j
             if valid_s is not None:
-                if last is not None and valid_s > last[0] and gap_s == last[2]:
-                    mean_w = (energy_j - last[1]) / (valid_s - last[0])
+                if last is None or gap_s != last[2]:
+                    self._mean_w = None
+                elif valid_s > last[0]:
+                    self._mean_w = (energy_j - last[1]) / (valid_s - last[0])
                 self._mark = (valid_s, energy_j, gap_s)
-        simulated = any(sensor.provenance == "simulated" for sensor in self._total)
-        provenance = "simulated" if simulated else "measured" if counted else "derived"
+            residual_w = None
+            if self._judge is not None and valid_s is not None and busy_s is not None and not stale:
+                residual_w = self._judge.add(Moment(valid_s, energy_j, gap_s, now_s, busy_s))
+        kinds = {sensor.provenance for sensor in self._total}
+        simulated, estimated = "simulated" in kinds, "estimated" in kinds
+        provenance = "estimated" if estimated else "simulated" if simulated else "measured" if counted else "derived"
         scope = "board" if self._total[0].scope == "board" else "module"
         known = valid_s is not None
         return Snapshot(
             energy_j if known else None,
-            mean_w,
+            self._mean_w,
             rate_hz,
             gap_s,
             provenance,
@@ -204,12 +229,17 @@ class EnergyMeter:
             baseline_w,
             cost_percent,
             stale,
+            busy_s,
+            cpu_simulated,
+            residual_w,
+            self._judge is not None,
         )
 
 
 def samples(state: Snapshot, generated_at: float) -> tuple[Sample, ...]:
     """Telemetry of the meter: energy_j, its four parts, power_w (mean since the last telemetry), the real rate, what it
-    missed and what it costs. The parts are derived (or simulated), also where the total is a counter's."""
+    missed and what it costs, CPU time, and how far the model is off. The parts are derived (or simulated, or estimated), also
+    where the total is a counter's."""
 
     def one(
         name: str, value: float | None, unit: str, provenance: Provenance, scope: str, stale: bool = False
@@ -218,7 +248,8 @@ def samples(state: Snapshot, generated_at: float) -> tuple[Sample, ...]:
         return Sample(name, value, unit, validity, provenance, scope, generated_at)
 
     split = state.split
-    derived: Provenance = "simulated" if state.provenance == "simulated" else "derived"
+    derived: Provenance = state.provenance if state.provenance in ("simulated", "estimated") else "derived"
+    cpu: Provenance = "simulated" if state.cpu_simulated else "measured"
     parts = (
         ("energy_compute_j", split and split.compute_j),
         ("energy_radio_j", split and split.radio_j),
@@ -233,4 +264,6 @@ def samples(state: Snapshot, generated_at: float) -> tuple[Sample, ...]:
         one("energy_rate_hz", state.rate_hz, "Hz", "measured", "agent"),
         one("energy_gap_s", state.gap_s, "s", "measured", "agent"),
         one("energy_cost_percent", state.cost_percent, "%", "measured", "agent"),
+        one("cpu_busy_s", state.cpu_busy_s, "s", cpu, "board"),
+        *([one("power_model_residual_w", state.residual_w, "W", derived, state.scope)] if state.judged else []),
     )

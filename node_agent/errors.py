@@ -22,6 +22,10 @@ class UnknownExpertError(AgentError, LookupError):
     """An expert is asked for that this node does not host."""
 
 
+class ShardBusyError(AgentError, RuntimeError):
+    """A shard is to go away while it computes."""
+
+
 class MemoryLimitError(AgentError, MemoryError):
     """The shards do not fit into the memory that this agent may use."""
 

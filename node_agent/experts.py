@@ -1,6 +1,7 @@
 """The expert shards of this node: verified against the manifest, loaded into onnxruntime, run for one layer at a time.
 
-Leaves out: the order of the sum (partial.py), frames and sockets (dataplane.py).
+Shards may be added and removed while requests are served: what is loaded is a dict that is never changed, only replaced.
+Leaves out: the order of the sum (partial.py), frames and sockets (dataplane.py), where shards come from at run time (delivery.py).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import psutil
 
 from node_agent import frame, shard, wire
 from node_agent.config import STEM_PATTERN
-from node_agent.errors import ExpertError, MemoryLimitError, UnknownExpertError
+from node_agent.errors import ExpertError, MemoryLimitError, ShardBusyError, UnknownExpertError
 from node_agent.partial import partial_sum
 
 RESIDENT_FACTOR = 1.5  # resident bytes per byte of a loaded shard: weights are packed anew beside the mapped file
@@ -72,57 +73,106 @@ class _Loaded:
     one_row: onnxruntime.IOBinding  # bound to the shared buffers of one row: the cheapest call
 
 
+_Key = tuple[int, int, int]  # layer, expert, id of the precision
+_NOTHING: dict[_Key, _Loaded] = {}
+
+
+def _key(hosted: wire.HostedShard) -> _Key:
+    return hosted.layer, hosted.expert, frame.PRECISION_ID[hosted.precision]
+
+
 class Experts:
-    """Loaded shards. Not thread-safe: the one-row buffers are shared, and the data plane is a single thread."""
+    """Loaded shards. `run` is for one thread, the data plane's, since the one-row buffers are shared; `add` and `remove` for another."""
 
     def __init__(self, hidden: int, threads: int = 1, bundle: str = ""):
         """`hidden`: D of every expert; `threads`: of the pool that all sessions share; `bundle`: its name."""
-        self.hidden = hidden
         self.bundle = bundle
         self.hosted: tuple[wire.HostedShard, ...] = ()
         self.layers: frozenset[int] = frozenset()
         self._threads = threads
-        self._loaded: dict[tuple[int, int, int], _Loaded] = {}
+        self._loaded: dict[_Key, _Loaded] = {}
+        self._serving = _NOTHING  # what is loaded, for the request under way
+        self._busy: frozenset[_Key] = frozenset()  # what it computes
+        self._changing = threading.Lock()  # held for a few assignments, never while something is loaded or computed
+        self._layer = 0
+        self._size_rows(hidden)
+
+    def _size_rows(self, hidden: int) -> None:
+        self.hidden = hidden
         self._row_in = np.zeros((1, hidden), np.float32)
         self._row_out = np.zeros((1, hidden), np.float32)
-        self._layer = 0
+
+    def adopt(self, hidden: int, bundle: str) -> None:
+        """Takes on another bundle, as long as nothing is loaded.  Raises: ExpertError."""
+        with self._changing:
+            if (hidden, bundle) == (self.hidden, self.bundle):
+                return
+            if self._loaded:
+                raise ExpertError(
+                    f"this node holds experts of {self.bundle} (D={self.hidden}), not of {bundle} (D={hidden}): drop them first"
+                )
+            self.bundle = bundle
+            self._size_rows(hidden)
 
     def add(self, entry: shard.ShardEntry, graph: Path) -> None:
         """Loads a verified shard and runs it once.  Raises: ExpertError."""
         session = open_session(graph, self._threads)
-        binding = session.io_binding()
-        shape = (1, self.hidden)
-        binding.bind_input("x", "cpu", 0, np.float32, shape, self._row_in.ctypes.data)
-        binding.bind_output("y", "cpu", 0, np.float32, shape, self._row_out.ctypes.data)
-        self._row_in.fill(0.0)
-        try:
-            session.run_with_iobinding(binding)
+        try:  # not on the shared buffers: a request may be using them
+            session.run(["y"], {"x": np.zeros((1, self.hidden), np.float32)})
         except Exception as error:
             raise ExpertError(
                 f"{graph} does not run with D={self.hidden} ({str(error)[:160]}): write the bundle again"
             ) from None
-        self._loaded[entry.layer, entry.expert, frame.PRECISION_ID[entry.precision]] = _Loaded(session, binding)
-        self.hosted += (wire.HostedShard(entry.layer, entry.expert, entry.precision, entry.sha256),)
-        self.layers |= {entry.layer}
+        binding = session.io_binding()
+        shape = (1, self.hidden)
+        binding.bind_input("x", "cpu", 0, np.float32, shape, self._row_in.ctypes.data)
+        binding.bind_output("y", "cpu", 0, np.float32, shape, self._row_out.ctypes.data)
+        key = (entry.layer, entry.expert, frame.PRECISION_ID[entry.precision])
+        hosted = wire.HostedShard(entry.layer, entry.expert, entry.precision, entry.sha256)
+        with self._changing:
+            others = tuple(item for item in self.hosted if _key(item) != key)
+            self._replace({**self._loaded, key: _Loaded(session, binding)}, (*others, hosted))
+
+    def remove(self, layer: int, expert: int, precision: str) -> bool:
+        """Takes a shard away; False when it is not there.  Raises: ShardBusyError while it computes."""
+        key = (layer, expert, frame.PRECISION_ID[precision])
+        with self._changing:
+            if key in self._busy:
+                raise ShardBusyError(f"{precision} expert {expert} of layer {layer} is computing just now: try again")
+            left = {other: loaded for other, loaded in self._loaded.items() if other != key}
+            found = len(left) < len(self._loaded)
+            self._replace(left, tuple(item for item in self.hosted if _key(item) != key))
+        return found
+
+    def _replace(self, loaded: dict[_Key, _Loaded], hosted: tuple[wire.HostedShard, ...]) -> None:
+        self._loaded, self.hosted = loaded, hosted
+        self.layers = frozenset(layer for layer, _, _ in loaded)
 
     def run(self, layer: int, x: np.ndarray, pairs: np.ndarray) -> np.ndarray:
         """Gate-weighted partial sum float32 [T, D] of x float32 [T, D] over pairs frame.PAIR [P] (see partial_sum).
 
         Raises: UnknownExpertError before anything is computed, ValueError for another D or a pair given twice.
         """
-        if x.shape[1] != self.hidden:
-            raise ValueError(f"hidden size {x.shape[1]} in a request, the experts here have {self.hidden}")
-        for _, expert, precision, _ in pairs.tolist():
-            if (layer, expert, precision) not in self._loaded:
-                name = frame.PRECISIONS[precision]
-                raise UnknownExpertError(
-                    f"{name} expert {expert} of layer {layer} is not on this node: ask for its birth again"
-                )
-        self._layer = layer
-        return partial_sum(x, pairs, self._run_expert)
+        asked = frozenset([(layer, expert, precision) for _, expert, precision, _ in pairs.tolist()])
+        with self._changing:
+            self._busy, self._serving = asked, self._loaded
+        try:
+            if x.shape[1] != self.hidden:
+                raise ValueError(f"hidden size {x.shape[1]} in a request, the experts here have {self.hidden}")
+            for key in asked:
+                if key not in self._serving:
+                    _, expert, precision = key
+                    name = frame.PRECISIONS[precision]
+                    raise UnknownExpertError(
+                        f"{name} expert {expert} of layer {layer} is not on this node: ask for its birth again"
+                    )
+            self._layer = layer
+            return partial_sum(x, pairs, self._run_expert)
+        finally:
+            self._busy, self._serving = frozenset(), _NOTHING  # so that a shard that goes away is freed
 
     def _run_expert(self, expert: int, precision: int, rows: np.ndarray) -> np.ndarray:
-        loaded = self._loaded[self._layer, expert, precision]
+        loaded = self._serving[self._layer, expert, precision]
         if rows.shape[0] == 1:
             self._row_in[:] = rows
             loaded.session.run_with_iobinding(loaded.one_row)

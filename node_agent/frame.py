@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from node_agent import compress
+from node_agent import compress, entropy
 
 MAGIC = b"SMoE"
 VERSION = 1
@@ -35,7 +35,8 @@ REFUSALS = THROTTLED, NO_MEMORY, NO_GUARD = "throttled", "memory", "guard"
 PRECISIONS = ("fp32", "int8", "int4", "int8dyn")  # index = id on the wire
 PRECISION_ID = {name: index for index, name in enumerate(PRECISIONS)}
 
-# magic, version, kind, codec, reply codec, hop limit, layer, source, destination, request id, T, D, P, budget us / compute us, codec us
+# magic, version, kind, codec, reply codec, hop limit, layer, source, destination, request id, T, D, P, budget us / compute us,
+# codec us / reply step (EXPERTS: entropy.step_code of the step that a reply by `importance` is to have, 0: the node's own choice)
 _HEADER = struct.Struct("<4sBBBBBxHHHQIHHII")
 HEADER_BYTES = _HEADER.size
 PAIR = np.dtype([("row", "<u2"), ("expert", "<u2"), ("precision", "u1"), ("gate", "<f4")])
@@ -54,6 +55,8 @@ class Frame(NamedTuple):
 
     `x` is float32 [T, D] (EXPERTS, PARTIAL), `pairs` is PAIR [P] (EXPERTS), `text` the node id or an error.
     `budget_us`: how long the receiver may take (EXPERTS); `compute_us` and `codec_us`: what it took (PARTIAL).
+    `reply_step`: quantiser step of the answer (EXPERTS with a reply codec that takes one), 0 for none. `size`: bytes of a frame
+    that was received.
     """
 
     kind: int
@@ -70,10 +73,18 @@ class Frame(NamedTuple):
     budget_us: int = 0
     compute_us: int = 0
     codec_us: int = 0
+    reply_step: float = 0.0
+    size: int = 0
+
+
+def sent_step(step: float) -> float:
+    """A reply step as the receiver of a request reads it."""
+    return entropy.step_of(entropy.step_code(step))
 
 
 def _pack_header(frame: Frame, t: int, d: int, p: int) -> bytes:
     timing = frame.compute_us if frame.kind == PARTIAL else frame.budget_us
+    last = entropy.step_code(frame.reply_step) if frame.reply_step else frame.codec_us
     return _HEADER.pack(
         MAGIC,
         VERSION,
@@ -89,7 +100,7 @@ def _pack_header(frame: Frame, t: int, d: int, p: int) -> bytes:
         d,
         p,
         min(timing, 2**32 - 1),
-        min(frame.codec_us, 2**32 - 1),
+        min(last, 2**32 - 1),
     )
 
 
@@ -148,6 +159,11 @@ def unpack(data: bytes | memoryview) -> Frame:
     if codec is None or reply is None:
         raise FrameError(f"codec id {codec_id if codec is None else reply_id} is unknown", request_id)
     is_partial = kind == PARTIAL
+    reply_step = 0.0
+    if reply.size is None and kind == EXPERTS:
+        if codec_us > 65_535:
+            raise FrameError(f"reply step {codec_us} is outside [0..65535]", request_id)
+        reply_step, codec_us = entropy.step_of(codec_us) if codec_us else 0.0, 0
 
     def frame(x: np.ndarray | None = None, pairs: np.ndarray | None = None, text: str = "") -> Frame:
         return Frame(
@@ -165,6 +181,8 @@ def unpack(data: bytes | memoryview) -> Frame:
             0 if is_partial else timing,
             timing if is_partial else 0,
             codec_us,
+            reply_step,
+            size,
         )
 
     if not is_partial and kind != EXPERTS:
@@ -174,7 +192,7 @@ def unpack(data: bytes | memoryview) -> Frame:
     if not 0 < t <= MAX_TOKENS or not 0 < d <= MAX_HIDDEN:
         raise FrameError(f"shape [{t}, {d}] is outside [1..{MAX_TOKENS}, 1..{MAX_HIDDEN}]", request_id)
     start = HEADER_BYTES + p * PAIR.itemsize
-    expected = start + codec.size(t, d)
+    expected = start + codec.size(t, d) if codec.size is not None else max(size, start)
     if expected > MAX_FRAME_BYTES or size != expected:
         raise FrameError(f"[{t}, {d}] {codec.name} with {p} pairs needs {expected} bytes, got {size}", request_id)
     pairs = None

@@ -15,6 +15,8 @@ from collections.abc import Iterable
 
 MAX_MESSAGES = 3600  # an hour at 1 Hz
 MAX_BYTES = 8_000_000
+MESSAGES_BOUNDS = (1, 100_000)  # 28 h at 1 Hz; all are looked at in each period
+BYTES_BOUNDS = (100_000, 1_000_000_000)
 BATCH_BYTES = 100_000  # of JSON: small enough for a slow link and every broker's limit on payloads
 MAX_RANGES = 100
 LEVEL = 1  # higher ones save 7 % of the bytes and double the time

@@ -12,6 +12,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -26,6 +27,7 @@ PACKAGES = ("numpy", "onnxruntime", "paho-mqtt", "psutil", "pyzmq", "cryptograph
 MIN_FREE_BYTES = 200_000_000
 EARLIEST_CLOCK_S = 1_767_225_600  # 2026-01-01: before it a board's clock was not set, and TLS would fail
 EXPERT_TOLERANCE = 0.05  # 8-bit activations against float64; measured 0.011 on AVX2
+COLUMNS = 80
 TIMED_RUNS = 30
 WARM_RUNS = 5
 
@@ -110,6 +112,7 @@ def _codecs() -> tuple[bool, str]:
     x = np.sin(np.arange(2 * 200, dtype=np.float32)).reshape(2, 200)
     # Largest error by each format's definition: half a step (q4's range is lopsided, so a whole one), fp16's 2^-11 of scale and value.
     limits = {"fp32": 0.0, "fp16": 2.0**-11, "q8": 0.5 / 127 + 2.0**-10, "q4": 1 / 8 + 2.0**-10}
+    limits["importance"] = 0.5 / 4 * 0.75  # half of a quarter of the rows' RMS, 0.71
     worst = []
     for name, limit in limits.items():
         pairs = np.array([(0, 3, 1, 0.5)], frame.PAIR)
@@ -225,9 +228,14 @@ def as_tree(report: Report) -> dict[str, Any]:
     return {"ok": report.ok, **asdict(report)}
 
 
+def _wrapped(line: str) -> str:
+    """Lines of at most 80 columns; words stay whole, so that paths can be copied."""
+    return textwrap.fill(line, COLUMNS, subsequent_indent=" " * 5, break_long_words=False, break_on_hyphens=False)
+
+
 def as_table(report: Report) -> str:
     """For people."""
-    lines = [f"{'ok  ' if check.ok else 'FAIL'} {check.name:20} {check.text}" for check in report.checks]
+    lines = [_wrapped(f"{'ok  ' if check.ok else 'FAIL'} {check.name:20} {check.text}") for check in report.checks]
     for t in report.timings:
         spread = f"p10 {t.p10_ms:.3f}, p90 {t.p90_ms:.3f}"
         lines.append(f"     {t.precision:20} {t.median_ms:.3f} ms per row (median; {spread}; n {t.n})")

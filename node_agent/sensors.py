@@ -53,10 +53,14 @@ FINDERS: tuple[Callable[[Tree], Finding], ...] = (
 
 @dataclass(frozen=True)
 class Found:
-    """What `find` found. `total`: sensors that add up to the board's power in W, or its energy counters in J; may be empty."""
+    """What `find` found. `total`: sensors that add up to the board's power in W, or its energy counters in J; may be empty.
+
+    `estimate`: by which model the total is estimated (power_model.py), in words; empty where it is read from a sensor.
+    """
 
     sensors: tuple[Sensor, ...]
     left_out: tuple[LeftOut, ...]
+    estimate: str = ""
 
     @property
     def total(self) -> tuple[Sensor, ...]:
@@ -70,6 +74,8 @@ class Found:
         if not self.total:
             return ""
         first, count = self.total[0], len(self.total)
+        if self.estimate:
+            return f"the board, estimated from its CPU time: {self.estimate}"
         if first.unit == "J":
             return "the processor packages"
         if first.name == PMIC_SUM:

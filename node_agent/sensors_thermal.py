@@ -19,6 +19,8 @@ DENIED_ZONES = {
     "PMIC": "a Jetson's PMIC zone says 100 °C whatever it is",
     "THERMAL-FAN-EST": "no sensor: a weighted sum that a Jetson's fan follows",
 }
+# Zones whose trip points are another part's: at 70 °C of a Jetson Nano's PLL-therm its memory is refreshed more often.
+OTHER_TRIPS = ("PLL-",)
 PC_ZONES = ("x86", "acpitz", "INT3400", "TCPU", "B0D4", "iwlwifi")  # a PC's die may jump; acpitz often stands still
 PROCESSOR_CHIPS = ("coretemp", "k10temp", "zenpower", "cpu_thermal", "soc_thermal")
 TRIP_KINDS = ("active", "passive", "hot", "critical")
@@ -109,9 +111,12 @@ def _chip(tree: Tree, device: Device, inputs: list[str], sensors: list[Sensor], 
 
 
 def trip_points(tree: Tree) -> tuple[TripPoint, ...]:
-    """trip_point_<n>_{temp,type} of all zones that are to be believed, coolest first. 0 °C and less mean 'not set'."""
+    """trip_point_<n>_{temp,type} of all zones that are to be believed and are the processor's, coolest first. 0 °C and less
+    mean 'not set'."""
     found = []
     for folder, kind in _zones(tree)[0]:
+        if kind.startswith(OTHER_TRIPS):
+            continue
         for name in tree.names(folder):
             if not (name.startswith("trip_point_") and name.endswith("_temp")):
                 continue

@@ -98,8 +98,14 @@ def snapshot(
         _measured("codec_s", counters.codec_s, "s", AGENT, at),
         _measured("bytes_received", counters.bytes_in, "bytes", AGENT, at),
         _measured("bytes_sent", counters.bytes_out, "bytes", AGENT, at),
+        _measured("shard_bytes_received", counters.shard_bytes_in, "bytes", AGENT, at),
     ]
-    for plane, errors in (("link", counters.link_errors), ("control", counters.control_errors)):
+    planes = (
+        ("link", counters.link_errors),
+        ("control", counters.control_errors),
+        ("delivery", counters.delivery_errors),
+    )
+    for plane, errors in planes:
         samples += [
             _measured(f"errors.{plane}.{kind}", n, "errors", AGENT, at) for kind, n in sorted(dict(errors).items())
         ]

@@ -11,13 +11,14 @@ import json
 import math
 import random
 import struct
+import zlib
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from node_agent import frame, wire
+from node_agent import entropy_code, frame, wire
 
 # No chance: the same code gives the same examples (hypothesis also draws from the constants of the modules that are loaded, so a
 # test alone and the whole suite may differ). Verdicts are computed for whatever comes.
@@ -62,8 +63,8 @@ _OPENINGS = [
     struct.pack("<4sBBBB", magic, version, kind, codec, reply)
     for magic, version in ((b"SMoE", 1), (b"SMoE", 1), (b"SMoE", 1), (b"smoe", 1), (b"SMoE", 0), (b"SMoE", 2))
     for kind in (EXPERTS, EXPERTS, 1, 2, 4, 5, 6, 7, 0, 8, 255)
-    for codec in (0, 1, 2, 3, 4, 255)
-    for reply in (0, 3, 4)
+    for codec in (0, 1, 2, 3, 4, 5, 255)
+    for reply in (0, 3, 4, 5)
 ]
 _SHAPES = [
     (t, d, p)
@@ -112,6 +113,35 @@ def payload_bytes(codec: int, t: int, d: int) -> int:
     return (4 * t * d, 2 * t * d, blocks * 34, blocks * 18)[codec]
 
 
+# values per symbol of the classes 1..15 of `importance`, as entropy.py documents them
+GROUPS = (5, 5, 3, 2, 2, 2, *[1] * 9)
+
+
+def importance_is_whole(payload: bytes, t: int, d: int) -> bool:
+    """Whether a payload follows entropy.py's layout. The Huffman codes alone are taken from there: they are what a class means."""
+    if t * d > 1 << 21 or len(payload) < 2 + t:
+        return False
+    rows = [row & 15 for row in payload[2 : 2 + t]]
+    present, rest = sorted(set(rows) - {0}), payload[2 + t :]
+    for k in present:
+        size = len(rest)
+        if k != present[-1]:
+            if len(rest) < 4:
+                return False
+            size, rest = struct.unpack_from("<I", rest)[0], rest[4:]
+        if size > len(rest):
+            return False
+        stream, rest = rest[:size], rest[size:]
+        wanted = -(-rows.count(k) * d // GROUPS[k - 1])
+        opening = entropy_code.code_of(k).prefix if wanted < 16_384 else b""
+        try:
+            if len(zlib.decompressobj(-15).decompress(opening + stream, wanted)) != wanted:
+                return False
+        except zlib.error:
+            return False
+    return not rest
+
+
 def _finite_payload(codec: int, payload: bytes, t: int, d: int) -> bool:
     if codec in (0, 1):
         return all(map(math.isfinite, struct.unpack(f"<{t * d}{'fe'[codec]}", payload)))
@@ -125,19 +155,24 @@ def frame_verdict(data: bytes) -> tuple[str, int]:
         return "version", HEADER.unpack_from(data)[9] if len(data) >= 40 else 0
     if len(data) < 40 or data[:4] != b"SMoE":
         return "malformed", 0
-    _, _, kind, codec, reply, _, _, _, _, request_id, t, d, p, _, _ = HEADER.unpack_from(data)
+    _, _, kind, codec, reply, _, _, _, _, request_id, t, d, p, _, step = HEADER.unpack_from(data)
     malformed = ("malformed", request_id)
-    if not 1 <= kind <= 7 or codec > 3 or reply > 3:
+    if not 1 <= kind <= 7 or codec > 4 or reply > 4 or (kind == EXPERTS and reply == 4 and step > 65_535):
         return malformed
     if kind not in (EXPERTS, PARTIAL):
         return malformed if t or d or p > 512 or len(data) != 40 + p else (str(kind), request_id)
-    if not 1 <= t <= 4_096 or not 1 <= d <= 32_768 or len(data) != 40 + PAIR_BYTES * p + payload_bytes(codec, t, d):
+    if not 1 <= t <= 4_096 or not 1 <= d <= 32_768:
+        return malformed
+    if codec == 4:
+        if len(data) < 40 + PAIR_BYTES * p or not importance_is_whole(data[40 + PAIR_BYTES * p :], t, d):
+            return malformed
+    elif len(data) != 40 + PAIR_BYTES * p + payload_bytes(codec, t, d):
         return malformed
     if kind == EXPERTS:
         pairs = pairs_of(data)
         if not pairs or any(row >= t or precision > 3 or not math.isfinite(g) for row, _, precision, g in pairs):
             return malformed
-    if not _finite_payload(codec, data[40 + PAIR_BYTES * p :], t, d):
+    if codec != 4 and not _finite_payload(codec, data[40 + PAIR_BYTES * p :], t, d):
         return malformed
     return str(kind), request_id
 
@@ -165,7 +200,7 @@ def real_frames(hidden: int) -> list[bytes]:
     """Frames of every kind as the project sends them; requests in every codec, of one row and of three."""
     rng = np.random.default_rng(3)
     frames = []
-    for index, codec in enumerate(("fp32", "fp16", "q8", "q4")):
+    for index, codec in enumerate(("fp32", "fp16", "q8", "q4", "importance")):
         for rows in (1, 3):
             x = rng.standard_normal((rows, hidden)).astype(np.float32)
             pairs = np.array([(row, expert, expert % 3, 0.25) for row in range(rows) for expert in (0, 3)], frame.PAIR)

@@ -23,11 +23,15 @@ CONTRACT = (
     "node_agent.wire",
     "node_agent.frame",
     "node_agent.compress",
+    "node_agent.entropy",
+    "node_agent.entropy_code",
     "node_agent.shard",
     # What the model's own routing is: the ground station, calibration and later a gateway board need the same.
     "node_agent.routing",
     # The order of the partial sum is what a node and the single-process reference must agree on, bit by bit.
     "node_agent.partial",
+    # How shards move is the same at both ends of the second socket.
+    "node_agent.delivery_frame",
     # How a plain link cuts bytes into messages is the same at both of its ends.
     "node_agent.zmtp",
     # What paho lacks, it lacks at both ends of the control plane.
@@ -42,6 +46,7 @@ PHYSICS = (
     "firmware_sim.bus",
     "firmware_sim.constellation",
     "firmware_sim.constellation_numba",
+    "firmware_sim.contact",
     "firmware_sim.eclipse",
     "firmware_sim.environment",
     "firmware_sim.foster",
@@ -49,12 +54,15 @@ PHYSICS = (
     "firmware_sim.orbit",
     "firmware_sim.pacing",
     "firmware_sim.paths",
+    "firmware_sim.profiles",
     "firmware_sim.satellite",
     "firmware_sim.scenario",
+    "firmware_sim.scenario_table",
     "firmware_sim.sun",
     "firmware_sim.thermal",
     "firmware_sim.throttle",
     "firmware_sim.tle",
+    "firmware_sim.wear",
 )
 # The umbrella command is where the rooms are put together.
 COMPOSITION_ROOTS = ("ground_station.cli",)

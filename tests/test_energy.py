@@ -244,6 +244,18 @@ def test_a_sensor_that_is_dear_to_read_slows_the_sampler_down(found):
     assert 0.3 < got["energy_cost_percent"].value < 6 and state.rate_hz < 20
 
 
+def test_the_mean_power_stands_until_there_is_a_newer_reading_and_falls_with_a_gap(found):
+    meter = energy.EnergyMeter(found, 10)
+    begin_s = time.monotonic()
+    means_w = []
+    for after_s, power_w in ((-0.3, 4.0), (-0.2, 6.0), (None, None), (-0.1, 8.0), (None, None), (2.4, 8.0)):
+        if after_s is not None:
+            meter.take(begin_s + after_s, [power_w])
+        means_w.append(meter.snapshot().power_w)
+    # by hand: (4 + 6) / 2 and (6 + 8) / 2, each twice; 2.5 s without a reading are a gap
+    assert means_w == [None, pytest.approx(5.0), pytest.approx(5.0), pytest.approx(7.0), pytest.approx(7.0), None]
+
+
 def test_a_sensor_that_hangs_makes_the_joules_stale_and_stops_nobody(tmp_path):
     folder = board(tmp_path)
     meter = energy.EnergyMeter(sensors.find(tmp_path), 50)

@@ -23,7 +23,7 @@ import pytest
 
 from firmware_sim import faults, videocore
 from firmware_sim.board import Branch, die_c, power_w, rail_w, step
-from firmware_sim.monitor import PowerHistory, fixed_files, ina226_files, ina3221_files, register_w
+from firmware_sim.monitor import PowerHistory, fixed_files, ina226_files, ina3221_files, ina3221x_files, register_w
 from firmware_sim.profiles import PROFILES
 from firmware_sim.run import Cap, Load, SimulatedBoard
 from firmware_sim.spec import BoardSpec, SpecError, Trace, read_spec
@@ -31,7 +31,7 @@ from firmware_sim.sysfs import SensorTree, temp_text, trip_files
 from firmware_sim.throttle import plateau
 
 PI, ORIN, AGX = (PROFILES[name] for name in ("raspberry-pi-5-ina226", "jetson-orin-nano", "jetson-agx-orin"))
-PI5, PI4 = PROFILES["raspberry-pi-5"], PROFILES["raspberry-pi-4-ina226"]
+PI5, PI4, NANO = (PROFILES[name] for name in ("raspberry-pi-5", "raspberry-pi-4-ina226", "jetson-nano"))
 INA226 = PI.monitors[0]
 # PHYSICS: a 7 W step into (3 K/W, 8 s) and (12 K/W, 300 s), from a board that was off.
 WORKED = replace(
@@ -235,6 +235,49 @@ def test_ina3221_has_steps_of_8_mv_and_40_uv():
     assert ina3221_files([(0.0, 3.3, 5000)])["in1_input"] in ("3296", "3304")
 
 
+def test_ina3221x_divides_as_nvidias_driver_does():
+    """drivers/staging/iio/meter/ina3221.c of kernel 4.9: steps of 8 mV and 40 uV; mA = (2 uV / mOhm + 1) / 2 and
+    mW = mV mA / 1000, both cut off."""
+    # 2.15 W at 5.12 V: 419.92 mA, 2099.6 uV -> 52 steps, 2080 uV, 416 mA; 5120 mV x 416 mA = 2129.92 mW.
+    # 0.3 W at 5.112 V: 58.69 mA, 293.4 uV -> 7 steps, 280 uV, 56 mA; 5112 x 56 = 286.27 mW.
+    # -20 mA through 3 mOhm: -60 uV -> -2 steps (of -1.5, to even), -80 uV, (-53 - 1) / 2 = -27 mA; 5000 x -27 = -135 mW.
+    files = ina3221x_files([(2.15, 5.12, 5000), (0.3, 5.112, 5000), (-0.1, 5.0, 3000)])
+    volts, amps, watts = ([files[f"in_{what}{n}_input"] for n in range(3)] for what in ("voltage", "current", "power"))
+    assert (volts, amps, watts) == (["5120", "5112", "5000"], ["416", "56", "-27"], ["2129", "286", "-135"])
+    assert files["ui_input_0"] == "5120 416" and files["in_power0_trigger_input"] == "2129"
+    # 163.8 mV through 5 mOhm is the most: 32760 mA
+    assert ina3221x_files([(400.0, 5.0, 5000)])["in_current0_input"] == "32760"
+    fixed = fixed_files(NANO.monitors[0])
+    assert (fixed["name"], fixed["crit_current_limit_2"], fixed["crit_power_limit_0"]) == (
+        "ina3221x",
+        "32760 ma",
+        "163800 mw",
+    )
+
+
+def test_a_jetson_nano_has_its_monitor_in_iio_and_the_zones_of_its_device_tree(tmp_path):
+    """The path of every Nano owner's script; tegra210-p3448-0000-p3449-0000-b00."""
+    tree_of(tmp_path, NANO, 4.0)
+    iio = tmp_path / "sys/bus/i2c/drivers/ina3221x/6-0040/iio:device0"
+    assert iio.resolve() == tmp_path / "sys/devices/50000000.host1x/546c0000.i2c/i2c-6/6-0040/iio:device0"
+    assert iio.resolve() == (tmp_path / "sys/bus/iio/devices/iio:device0").resolve()
+    assert [(iio / f"rail_name_{n}").read_text() for n in range(3)] == ["POM_5V_IN\n", "POM_5V_GPU\n", "POM_5V_CPU\n"]
+    assert 3900 <= int((iio / "in_power0_input").read_text()) <= 4100 and not (tmp_path / "sys/class/hwmon").exists()
+    kinds = [(tmp_path / f"sys/class/thermal/thermal_zone{n}/type").read_text().strip() for n in range(6)]
+    assert kinds == ["AO-therm", "CPU-therm", "GPU-therm", "PLL-therm", "PMIC-Die", "thermal-fan-est"]
+    zone = tmp_path / "sys/class/thermal/thermal_zone1"
+    trips = [[(zone / f"trip_point_{n}_{what}").read_text().strip() for what in ("temp", "type")] for n in range(5)]
+    assert trips == [
+        ["66000", "active"],
+        ["86000", "active"],
+        ["102000", "critical"],
+        ["100500", "hot"],
+        ["97000", "passive"],
+    ]
+    assert (tmp_path / "sys/class/thermal/thermal_zone4/temp").read_text() == "100000\n"
+    assert (tmp_path / "sys/class/thermal/thermal_zone0/trip_point_1_temp").read_text() == "-25000\n"
+
+
 def test_temperatures_are_in_millidegrees_and_in_the_sensors_steps():
     assert (temp_text(45.0, 550), temp_text(45.0004, 1), temp_text(-256.0, 1)) == ("45100", "45000", "-256000")
 
@@ -259,7 +302,7 @@ def meters(root: Path) -> list[Path]:
     return sorted(p for p in (root / "sys/class/hwmon").iterdir() if (p / "name").read_text().startswith("ina"))
 
 
-@pytest.mark.parametrize("profile", PROFILES.values(), ids=lambda p: p.name)
+@pytest.mark.parametrize("profile", [p for p in PROFILES.values() if p is not NANO], ids=lambda p: p.name)
 def test_files_are_laid_out_as_the_kernel_lays_them_out(tmp_path, profile):
     tree_of(tmp_path, profile)
     assert [(path / "name").read_text() for path in meters(tmp_path)] == [m.chip + "\n" for m in profile.monitors]
@@ -678,7 +721,7 @@ def _until(condition) -> None:
     [
         (
             {"profile": "pdp-11"},
-            "no profile 'pdp-11'; there are jetson-agx-orin, jetson-orin-nano, raspberry-pi-4-ina226",
+            "no profile 'pdp-11'; there are jetson-agx-orin, jetson-nano, jetson-orin-nano",
         ),
         ({"node": "Not An Id"}, "not legal"),
         ({"sysroot": "/"}, "this machine's own root"),

@@ -12,11 +12,14 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from node_rig import toml
 
 from ground_station import received
 from ground_station.fleet import ASK_HISTORY_AFTER_S, AskHistory, AskRebirth, Instant, NodeState, apply, reconnected
 from ground_station.received import Received
-from node_agent import clock, wire
+from node_agent import clock, config, wire
+from node_agent.control import Control as NodeControl
+from node_agent.counters import Counters
 from node_agent.history import History, RangesError, parse_ranges
 
 # ---------------------------------------------------------------- the ring on the node
@@ -65,6 +68,21 @@ def test_an_hour_of_telemetry_fits_the_default_bounds():
     assert (len(history), history.dropped, history.oldest) == (3600, 0, 1)
     history.keep(3601, b"{}", True)
     assert (len(history), history.dropped, history.oldest) == (3600, 1, 2)
+
+
+def test_the_table_history_of_the_configuration_is_what_counts(tmp_path):
+    tables = {
+        "node": {"id": "n1", "fleet": "test", "state_dir": str(tmp_path)},
+        "data": {"endpoint": "tcp://127.0.0.1:5555"},
+        "broker": {"host": "127.0.0.1", "port": 9},
+        "history": {"max_messages": 7},
+    }
+    settings = config.parse(toml(tables), tmp_path)
+    control = NodeControl(settings, settings.broker, Counters(), lambda _: None, lambda *_: (True, ""))
+    for number in range(1, 11):
+        control._forwarder.keep(number, b"{}", sent=False)
+    counts = {sample.name: sample.value for sample in control._forwarder.samples(0.0)}
+    assert counts == {"history_kept": 7.0, "history_owed": 7.0, "history_dropped": 3.0}  # 10 - 7
 
 
 def test_batches_are_bounded_in_order_and_never_twice_under_way():

@@ -19,6 +19,7 @@ BASE = {
     "data": {"endpoint": "tcp://127.0.0.1:5555"},
     "telemetry": {"period_s": 2, "sample_hz": 50.0},
     "guard": {"temp_limit_c": 75, "silent_s": 20, "memory_floor_mb": 100},
+    "history": {"max_messages": 600},
 }
 
 
@@ -41,12 +42,14 @@ def test_a_good_file():
     assert got.link == config.LinkConfig("tcp://127.0.0.1:5555")
     assert (got.telemetry.period_s, got.telemetry.sample_hz) == (2.0, 50.0)
     assert got.guard == config.GuardConfig(temp_limit_c=75.0, silent_s=20.0, memory_floor_mb=100)
+    assert got.history == config.HistoryConfig(600, 8_000_000)
 
 
 def test_what_may_be_left_out():
     got = parse({"node": {"id": "a", "fleet": "b", "state_dir": "/s"}, "data": BASE["data"]})
     assert got.broker is None and got.bundle.path is None and got.telemetry.period_s == 1.0
     assert got.guard == config.GuardConfig() and got.guard.temp_limit_c is None
+    assert got.history == config.HistoryConfig(3600, 8_000_000)  # an hour at 1 Hz
     assert got.node.state_dir == Path("/s") and got.node.memory_limit_mb is None
 
 
@@ -95,6 +98,10 @@ def test_what_may_be_left_out():
         ("guard", {"silent_s": 0.5}, "a number of 1 to 86400"),
         ("guard", {"memory_floor_mb": 1.5}, "an integer of 0"),
         ("guard", {"hang_s": 0}, "[guard] hang_s"),
+        ("history", {"max_messages": 0}, "[history] max_messages is '0': give an integer of 1 to 100000"),
+        ("history", {"max_messages": 60.5}, "[history] max_messages is '60.5': give an integer"),
+        ("history", {"max_bytes": 99_999}, "[history] max_bytes is '99999': give an integer of 100000 to 1e+09"),
+        ("history", {"max_mb": 8}, "'max_mb', which is unknown: use max_messages, max_bytes"),
         ("guard", {"temp_limit": 80}, "'temp_limit', which is unknown"),
     ],
 )

@@ -133,11 +133,15 @@ def test_measurements_that_say_too_little():
         ((time_s[::-1], power_w, temp_c), "do not rise"),
         ((time_s, power_w, np.where(time_s == 7.0, np.nan, temp_c)), "no number"),
         ((time_s, power_w[:-1], temp_c), "same length"),
-        ((time_s, power_w, -temp_c), "no board has"),
+        ((time_s, power_w, -temp_c, 1), "fell as the power rose"),
+        ((time_s, power_w, -temp_c), "too short"),
         ((time_s, power_w, temp_c, 9), "give 1 to"),
     ):
         with pytest.raises(FitError, match=says):
             foster.fit(*arguments)
+    # it rises ever faster: slower than anything that 40 s can show
+    with pytest.raises(FitError, match="too short.*not below the longest"):
+        foster.fit(time_s[:100], power_w[:100], AMBIENT_C + 0.01 * np.maximum(time_s[:100], 0.0) ** 2, 1)
     online = OnlineFit()
     with pytest.raises(FitError, match="too few"):
         online.estimate()

@@ -92,6 +92,65 @@ def test_a_wrong_entry_is_named(old, new, said):
     assert "\n" not in str(caught.value)
 
 
+GROUND = '[links]\ngateway = "ground"\nlatitude_deg = 48.1\nlongitude_deg = 11.6\nleast_elevation_deg = 10\n'
+
+
+def with_links(table: str):
+    return parse(GOOD.replace("[[board]]", table + "[[board]]", 1))
+
+
+def test_links_are_read_and_the_gateway_may_be_named_in_three_ways():
+    assert parse(GOOD).links is None
+    links = with_links(GROUND + 'topology = "sight"\nisl_rate_bps = 2.5e9\nlongest_isl_km = 4000\n').links
+    assert links.gateway is None and (links.latitude_deg, links.least_elevation_deg) == (48.1, 10.0)
+    assert (links.topology, links.isl_rate_bps, links.gsl_rate_bps, links.longest_isl_km) == (
+        "sight",
+        2.5e9,
+        10e6,
+        4000.0,
+    )
+    assert with_links("[links]\ngateway = 5\n").links.gateway == 5
+    assert with_links('[links]\ngateway = "sat-1"\n').links.gateway == 4
+    assert with_links("[links]\ngateway = 0\n").links.gateway == 0
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("[links]\n", 'gateway is None; give "ground", a satellite'),
+        ("[links]\ngateway = true\n", "gateway is True"),
+        ("[links]\ngateway = 6\n", "gateway 6 is not there; the constellation has 0 to 5"),
+        ("[links]\ngateway = -1\n", "gateway -1 is not there"),
+        ('[links]\ngateway = "sat-9"\n', "gateway 'sat-9' is no board's node"),
+        (
+            '[links]\ngateway = "ground"\nlongitude_deg = 0\nleast_elevation_deg = 10\n',
+            "needs latitude_deg and longitude_deg",
+        ),
+        ('[links]\ngateway = "ground"\nlatitude_deg = 0\nlongitude_deg = 0\n', "needs one of least_elevation_deg and"),
+        (GROUND + "longest_gsl_km = 1260\n", "needs one of least_elevation_deg and longest_gsl_km"),
+        ("[links]\ngateway = 1\ngsl_rate_bps = 1e6\n", "gsl_rate_bps is of a ground station; remove it"),
+        (GROUND + "isl_rate_bps = 0\n", "isl_rate_bps is 0; give a number from 1"),
+        (GROUND + "isl_rate_bps = inf\n", "isl_rate_bps is inf"),
+        (GROUND.replace("48.1", "91"), "latitude_deg is 91; give a number from -90 to 90"),
+        (GROUND + 'topology = "mesh"\n', "topology is 'mesh'; use grid, sight"),
+        (GROUND + "topology = 3\n", "topology is '3'; use grid, sight"),
+        (GROUND + "rate = 3\n", r"\[links\] rate is unknown; use gateway, topology"),
+        ("[power]\nstart_capacity_share = 0\n", "start_capacity_share is 0; give a number from 0.2 to 1"),
+        ("[power]\nstart_capacity_share = 1.1\n", "start_capacity_share is 1.1"),
+    ],
+)
+def test_wrong_links_and_ages_are_named(table, said):
+    text = GOOD.replace("[power]\nbattery_wh = 40.0\n", "")
+    with pytest.raises(ScenarioError, match=said) as caught:
+        parse(text.replace("[[board]]", table + "[[board]]", 1))
+    assert "\n" not in str(caught.value)
+
+
+def test_links_that_are_no_table_are_named():
+    with pytest.raises(ScenarioError, match=r"links is no table; write \[links\]"):
+        parse("links = 3\n" + GOOD)
+
+
 def test_files_that_are_no_scenario(tmp_path):
     with pytest.raises(ScenarioError, match="cannot be read"):
         read(tmp_path / "absent.toml")
