@@ -9,13 +9,12 @@ to a broker as always: its cost is part of the figure. Agents share the machine'
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
-from ground_station import selection
+from ground_station import rates, selection
 from ground_station.broker import Broker
 from ground_station.decode import Decoder, TokenCost
 from ground_station.dispatch import Table
@@ -24,6 +23,7 @@ from ground_station.local import LocalExperts
 from ground_station.local_fleet import LocalFleet, cores_of
 from ground_station.placement import round_robin
 from ground_station.remote import RemoteExperts
+from ground_station.run_folder import run_folder
 from ground_station.trunk import Trunk
 from node_agent import compress, routing, shard
 
@@ -100,6 +100,7 @@ def decode(
     if tokens < 2:
         raise ValueError("a round needs at least 2 tokens: the first one belongs to the prefill")
     manifest = shard.read_manifest(bundle)
+    allocator = rates.for_codec(codec, bundle, manifest)
     dims = manifest.dims
     rule = selection.make(policy, manifest.routing, dims.top_k, dims.experts)
     prompt = np.random.default_rng(0).integers(2, dims.vocab, PROMPT_TOKENS).tolist()
@@ -111,14 +112,13 @@ def decode(
     holdings = round_robin(manifest, dict.fromkeys(names, 2**62), precision, (precision,) * (copies - 1))
     times: dict[str, list[float]] = {"bare": [], "single": [], "distributed": []}
     costs: dict[str, list[TokenCost]] = {"single": [], "distributed": []}
-    with tempfile.TemporaryDirectory(prefix="spacemoe-benchmark-") as folder, Link() as link:
-        run_dir = Path(folder)
+    with run_folder("benchmark") as run_dir, Link() as link:
         with (
             Broker(run_dir) as broker,
             LocalFleet(run_dir, bundle, holdings, link.endpoint, (broker.host, broker.port)) as fleet,
         ):
             fleet.wait_joined(link)
-            remote = RemoteExperts(link, Table(holdings, cores_of(names)), codec, timeout_s=5.0)
+            remote = RemoteExperts(link, Table(holdings, cores_of(names)), codec, None, 5.0, allocator)
             distributed = Decoder(
                 Trunk(bundle, manifest, distributed_threads, spin=distributed_threads > 1), rule, remote
             )

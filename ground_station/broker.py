@@ -45,6 +45,10 @@ class BrokerError(RuntimeError):
     """The broker cannot be started or reached; the text names the next step."""
 
 
+class AddressError(BrokerError, ValueError):
+    """No broker is meant by that text."""
+
+
 def find_mosquitto() -> str | None:
     """Path of the mosquitto program, or None. Debian's /usr/sbin is not on an ordinary user's PATH."""
     return shutil.which("mosquitto", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
@@ -137,7 +141,7 @@ class Broker:
         if external or kind == "external":
             host, colon, number = external.rpartition(":")
             if not (colon and host and number.isdecimal() and 0 < int(number) < 65536):
-                raise BrokerError(f"external broker {external!r} is not HOST:PORT; write for example 192.0.2.7:1883")
+                raise AddressError(f"external broker {external!r} is not HOST:PORT; write for example 192.0.2.7:1883")
             self.kind, self.host, self.port = "external", host, int(number)
             return
         program = find_mosquitto()
@@ -146,7 +150,7 @@ class Broker:
         if kind == "mosquitto" and program is None:
             raise BrokerError("mosquitto is not installed; apt-get install mosquitto, or use the embedded broker")
         if kind not in ("mosquitto", "embedded"):
-            raise BrokerError(f"broker {kind[:80]!r} is unknown: use auto, mosquitto, embedded or HOST:PORT")
+            raise AddressError(f"broker {kind[:80]!r} is unknown: use auto, mosquitto, embedded or HOST:PORT")
         self.kind = kind
 
     @property

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import queue
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -26,9 +25,10 @@ from ground_station.broker import Broker, accepts_mqtt5
 from ground_station.control import Control
 from ground_station.fleet import Taken
 from ground_station.link import Link
-from ground_station.local_fleet import Board, LocalFleet
+from ground_station.local_fleet import Board, LocalFleet, check_profile
 from ground_station.placement import round_robin
 from ground_station.power_step import CalibrateError, Measurement, Options, Reading, drift_k_per_min, reading
+from ground_station.run_folder import run_folder
 from node_agent import shard, wire
 
 READY_S = 10.0
@@ -38,6 +38,7 @@ LOOK_AFTER_S = 10.0  # of the step: by then the power must have risen
 MAX_IDLE_DUTY = 0.1
 MIN_IDLE_READINGS = 10
 SHOW_S = 5.0
+PHASES = {"settle": "waiting until the board rests, at most", "step": "burning for", "cool": "cooling for"}
 
 
 def plan(options: Options) -> list[str]:
@@ -83,10 +84,13 @@ class Watch:
 
 
 class Progress:
-    """A bar on stderr for one phase of at most `total_s`; silent where stderr is no terminal."""
+    """A bar on stderr for one phase of at most `total_s`; one plain line where stderr is no terminal."""
 
     def __init__(self, phase: str, total_s: float) -> None:
         self._start_s = time.monotonic()
+        if total_s and not sys.stderr.isatty():
+            what = PHASES.get(phase, f"a load of {phase} for")
+            print(f"calibrate: {what} {total_s:g} s", file=sys.stderr, flush=True)
         form = "{desc} {n:.0f} of {total:.0f} s |{bar}| {postfix}"
         self._bar = tqdm(
             total=total_s, desc=f"{phase:6}", bar_format=form, file=sys.stderr, disable=None, dynamic_ncols=True
@@ -115,17 +119,17 @@ def calibrate(options: Options, host: str, port: int) -> dict:
     However it ends, the burn is stopped.  Raises: CalibrateError, control.ControlError, wire.WireError.
     """
     wire.check_id(options.node)
-    if not accepts_mqtt5(host, port, 5.0):
-        raise CalibrateError(
-            f"no MQTT 5 broker answers at {host}:{port}: start the fleet's broker or give its --broker HOST:PORT "
-            "(--simulated PROFILE needs neither broker nor board)"
-        )
+    reachable(host, port)
     watch = Watch(options.node)
     with Control(options.fleet, host, port, on_telemetry=watch.take) as control:
-        board = _find(control, options)
+        board = find(control, options.node, options.fleet)
         _fit_for_it(watch, options)
         idle, settle_s, rested = _settle(watch, options)
         measurement = Measurement(idle, options)
+        if idle[-1].provenance[1] == "estimated":
+            measurement.warn(
+                "the power is a model's estimate and not a sensor's: the network is wrong by as much as that"
+            )
         if not rested:
             measurement.warn(
                 f"after {options.settle_s:g} s it still drifted by {drift_k_per_min(idle):+.2f} K/min: slow branches are "
@@ -134,7 +138,7 @@ def calibrate(options: Options, host: str, port: int) -> dict:
         try:
             step_s = _step(control, watch, measurement, options)
         finally:
-            _stop(control, options.node)
+            stop(control, options.node)
         with Progress("cool", options.cool_s) as progress:
             while progress.passed_s < options.cool_s:
                 got = watch.next()
@@ -149,9 +153,17 @@ def calibrate(options: Options, host: str, port: int) -> dict:
     return calibrate_report.tree(options, board, measurement, found, idle, (settle_s, step_s))
 
 
-def _find(control: Control, options: Options) -> str:
+def reachable(host: str, port: int) -> None:
+    """Raises: CalibrateError where no broker is."""
+    if not accepts_mqtt5(host, port, 5.0):
+        raise CalibrateError(
+            f"no MQTT 5 broker answers at {host}:{port}: start the fleet's broker or give its --broker HOST:PORT "
+            "(--simulated PROFILE needs neither broker nor board)"
+        )
+
+
+def find(control: Control, node: str, fleet: str) -> str:
     """The kind of board.  Raises: CalibrateError."""
-    node = options.node
     if not control.wait_for([node], READY_S):
         return control.snapshot()[node].birth.board
     states = control.snapshot()
@@ -159,7 +171,7 @@ def _find(control: Control, options: Options) -> str:
     if state is None or state.birth is None:
         others = ", ".join(sorted(name for name, other in states.items() if other.birth is not None)[:8])
         there = f"there are {others}" if others else "there is none at all: check --fleet, and start the node's agent"
-        raise CalibrateError(f"no node {node} in fleet {options.fleet} within {READY_S:g} s; {there}")
+        raise CalibrateError(f"no node {node} in fleet {fleet} within {READY_S:g} s; {there}")
     raise CalibrateError(f"{node} is known but not online: start its agent, then calibrate again")
 
 
@@ -232,7 +244,8 @@ def _step(control: Control, watch: Watch, measurement: Measurement, options: Opt
         return progress.passed_s
 
 
-def _stop(control: Control, node: str) -> None:
+def stop(control: Control, node: str) -> None:
+    """Ends a burn; says so on stderr where the node does not confirm it."""
     answer = control.command(node, "burn", arguments={"seconds": "0"})
     if not answer.ok:
         print(
@@ -248,9 +261,10 @@ def simulated(
 ) -> Iterator[tuple[str, int]]:
     """A broker and one simulated board with a stock agent, which one busy core loads fully; gives the broker's (host, port).
 
-    `keys`: further ones of firmware_sim.spec.  Raises: broker.BrokerError, FleetError, shard.BundleError.
+    `keys`: further ones of firmware_sim.spec.  Raises: broker.BrokerError, FleetError, ProfileError, shard.BundleError.
     """
     wire.check_id(node)
+    check_profile(profile)
     manifest = shard.read_manifest(bundle)
     precision = "int8" if "int8" in manifest.precisions else manifest.precisions[0]
     memory_bytes = 512 * 1024 * 1024
@@ -261,7 +275,7 @@ def simulated(
     )
     board = Board(node, profile, memory_bytes, {"cores": 1.0, **keys})
     with ExitStack() as stack:
-        run_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="spacemoe-calibrate-")))
+        run_dir = stack.enter_context(run_folder("calibrate"))
         broker = stack.enter_context(Broker(run_dir))
         link = stack.enter_context(Link())
         address = (broker.host, broker.port)

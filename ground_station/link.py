@@ -20,6 +20,8 @@ from node_agent import frame, wire
 
 HELLO_GRACE_S = 5.0  # five heartbeats: a node that is silent for longer counts as gone
 _REFUSED = re.compile(rf"[^:]{{1,64}}: (?:{'|'.join(frame.REFUSALS)}): ")  # the node is there and well
+MAX_PEERS = 4096  # nodes that have ever said HELLO and are remembered; a ROUTER has some 1000 connections
+FORGET_S = 60.0  # when all places are taken, who was silent for longer gives way, the longest gone first
 QUARANTINE_S = 0.5  # after a failure: HELLOs queued before it must not bring the node back
 DRAIN_S = 0.02  # for what has come already: a flood must not keep the caller past its deadline
 TAKEN_AT_ONCE = 1024  # messages of one call: whoever sends without end must not keep the caller for ever
@@ -139,6 +141,7 @@ class Link:
         self.unasked_frames = 0  # answers that nobody waits for: late ones, and whatever else claims to be one
         self._wanted: dict[int, str] = {}
         self._names: dict[bytes, str] = {}  # routing id -> node, of nodes that have said HELLO
+        self._full_until_s = 0.0  # nobody can be forgotten before
 
     def close(self) -> None:
         self._router.close()
@@ -246,18 +249,41 @@ class Link:
         now = time.monotonic()
         peer = self.peers.get(node)
         if received.kind not in FOR_GROUND or peer is None:
-            if received.kind != frame.HELLO or len(self.peers) >= 65_000:
-                self.bad_frames += 1
-                return False
-            peer = self.peers[node] = Peer(node, len(self.peers) + 1)
-            self._names[node.encode()] = node
+            if received.kind == frame.HELLO and self._joins(node, received.request_id, now):
+                return True
+            self.bad_frames += 1
+            return False
         peer.last_seen_s = now
         if received.kind == frame.HELLO:
             if not peer.up and now >= peer.down_until_s:
                 peer.up = True
-            try:
-                welcome = frame.Frame(frame.WELCOME, received.request_id, destination=peer.number, text=node)
-                self._router.send(node.encode(), frame.pack(welcome))
-            except (QueueFull, Unreachable):
+            if not self._welcome(node, peer.number, received.request_id):
                 peer.up = False
+        return True
+
+    def _welcome(self, node: str, number: int, request_id: int) -> bool:
+        """Whether the answer to a HELLO could be sent."""
+        try:
+            welcome = frame.Frame(frame.WELCOME, request_id, destination=number, text=node)
+            self._router.send(node.encode(), frame.pack(welcome))
+        except (QueueFull, Unreachable):
+            return False
+        return True
+
+    def _joins(self, node: str, request_id: int, now_s: float) -> bool:
+        """A new name's HELLO; False when there is no place. Who has gone by the time of the answer gets none."""
+        gone = None
+        if len(self.peers) >= MAX_PEERS:
+            if now_s < self._full_until_s:
+                return False
+            gone = min(self.peers.values(), key=lambda peer: peer.last_seen_s)
+            if now_s - gone.last_seen_s <= FORGET_S:
+                self._full_until_s = gone.last_seen_s + FORGET_S
+                return False
+        number = len(self.peers) + 1 if gone is None else gone.number
+        if self._welcome(node, number, request_id):
+            if gone is not None:
+                del self.peers[gone.node], self._names[gone.node.encode()]
+            self.peers[node] = Peer(node, number, last_seen_s=now_s)
+            self._names[node.encode()] = node
         return True

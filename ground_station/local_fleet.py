@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, Mapping
 
+from firmware_sim.profiles import PROFILES
 from ground_station.link import Link
 from ground_station.placement import Holding
 from node_agent import shard
@@ -31,6 +32,16 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 class FleetError(RuntimeError):
     """An agent or the simulator did not start; the text shows its last line and where its log is."""
+
+
+class ProfileError(FleetError, ValueError):
+    """There is no such kind of simulated board; the text names those that there are."""
+
+
+def check_profile(profile: str) -> None:
+    """Raises: ProfileError."""
+    if profile not in PROFILES:
+        raise ProfileError(f"there is no simulated board {profile[:60]!r}: use {', '.join(sorted(PROFILES))}")
 
 
 @dataclass(frozen=True)
@@ -147,14 +158,24 @@ class LocalFleet:
         broker: tuple[str, int],
         fleet: str = "demo",
         boards: tuple[Board, ...] = (),
+        delivery_endpoint: str = "",
+        empty: tuple[str, ...] = (),
     ):
-        """`broker` = (host, port). `boards`: those with simulated sensors; a node without a board reads this machine's."""
+        """`broker` = (host, port). `boards`: those with simulated sensors; a node without a board reads this machine's.
+
+        `delivery_endpoint`: of delivery.Deliverer, where nodes are to take shards. `empty`: further nodes that know no bundle, so
+        that all they hold is delivered; the others have the whole bundle on their disk and need no transfer.
+
+        Raises: ProfileError.
+        """
+        for board in boards:
+            check_profile(board.profile)
         self.run_dir = run_dir
         self.agents: dict[str, subprocess.Popen] = {}
         self.simulator: subprocess.Popen | None = None
         self._configs: dict[str, Path] = {}
         self._boards = {board.node: board for board in boards}
-        for node in sorted({holding.node for holding in holdings}):
+        for node in sorted({holding.node for holding in holdings} | {*empty}):
             home = run_dir / node
             home.mkdir(parents=True, exist_ok=True)
             sysroot = home / "sysroot" if node in self._boards else Path("/")
@@ -175,6 +196,10 @@ class LocalFleet:
                 "broker": {"host": broker[0], "port": broker[1]},
                 "data": {"endpoint": data_endpoint},
             }
+            if delivery_endpoint:
+                tables["data"]["delivery_endpoint"] = delivery_endpoint
+            if node in empty:
+                del tables["bundle"]
             if node in self._boards and self._boards[node].guard:
                 tables["guard"] = dict(self._boards[node].guard)
             text = ""

@@ -64,7 +64,8 @@ class Options:
 @dataclass(frozen=True)
 class Reading:
     """One telemetry message. `time_s`: of the temperature, on the agent's monotonic clock; `power_w`: mean since the message
-    before; `guard`: bits of guard_state; `flags`: those that the firmware sets now. None: not there, or not valid."""
+    before; `guard`: bits of guard_state; `flags`: those that the firmware sets now; `cpu_busy_s`: of all cores, so far; `gap_s`:
+    without power, so far. None: not there, or not valid."""
 
     run: int
     number: int
@@ -78,6 +79,8 @@ class Reading:
     limit_c: float | None
     flags: frozenset[str]
     provenance: tuple[str, str]  # of temperature and power
+    cpu_busy_s: float | None = None
+    gap_s: float = 0.0
 
 
 def reading(telemetry: wire.Telemetry) -> Reading | None:
@@ -111,6 +114,8 @@ def reading(telemetry: wire.Telemetry) -> Reading | None:
             if name.startswith("flag.") and not name.endswith("_since_boot") and samples[name].value
         ),
         provenance,
+        value("cpu_busy_s"),
+        value("energy_gap_s", 0.0),
     )
 
 

@@ -20,7 +20,8 @@ from ground_station.control import Control
 from ground_station.decode import TokenCost
 from ground_station.fleet import Taken
 from ground_station.local_fleet import Board, LocalFleet
-from ground_station.twin import Twin, summary
+from ground_station.twin import Twin
+from ground_station.twin_summary import AGEING_METHOD, summary
 from node_agent import wire
 
 SHIPPED = Path(scenarios.__file__).with_name("scenarios")
@@ -230,9 +231,33 @@ def report(
         "invalid_because": list(virtual.reasons),
         "load": busy,
         "satellites": virtual.satellites,
+        "battery_ageing": AGEING_METHOD,
         "benches": benches,
         "alone": alone,
     }
+
+
+def _batteries_and_links(part: dict) -> list[str]:
+    satellites = part["satellites"]
+    linked = any(row["link"] for row in satellites.values())
+    head = f"{'battery (model)':18}{'capacity %':>11}{'lost ppm':>10}{'next year %':>12}"
+    lines = ["", head + (f"{'contact s':>11}{'delay ms':>12}{'hops':>5}" if linked else "")]
+    for node, row in satellites.items():
+        battery, link = row["battery"], row["link"]
+        year = "-" if battery["lost_in_next_year"] is None else f"{100 * battery['lost_in_next_year']:.1f}"
+        line = f"{node:18}{100 * battery['capacity_share']:>11.3f}{1e6 * battery['lost_in_run']:>10.1f}{year:>12}"
+        if link:
+            delay = "-" if link["delay_ms"] is None else f"{link['delay_ms'][0]:.1f}-{link['delay_ms'][1]:.1f}"
+            hops = "-" if link["most_hops"] is None else str(link["most_hops"])
+            line += f"{link['contact_s']:>11.0f}{delay:>12}{hops:>5}"
+        lines.append(line)
+    orbits = max(row["battery"]["run_orbits"] for row in satellites.values())
+    lines.append(
+        f"a year from {orbits:.1f} orbits of this run" + (": rough, less than one whole orbit" if orbits < 1 else "")
+    )
+    if linked:
+        lines.append("contact, delay and hops to the hub are emulated, and not imposed on the boards")
+    return lines
 
 
 def table(part: dict) -> str:
@@ -248,6 +273,7 @@ def table(part: dict) -> str:
             f"{node:18}{row['hottest_c']:>11.1f}{row['limit_c']:>7.1f}{row['over_limit_s']:>8.0f}{row['umbra_s']:>9.0f}"
             f"{row['lowest_soc']:>9.2f}{row['lowest_duty_cap']:>10.2f}"
         )
+    lines += _batteries_and_links(part)
     lines += ["", f"{'bench (simulated)':18}{'first °C':>11}{'hottest':>9}{'limit':>7}{'over s':>8}  own guard, alone"]
     for node, row in part["benches"].items():
         limit = "-" if row["limit_c"] is None else f"{row['limit_c']:.1f}"

@@ -1,9 +1,11 @@
 """Couples boards to their virtual satellites: measured watts in, duty caps out, and what each satellite is like now.
 
 A thread asks the fleet's state each period, steps firmware_sim.satellite with it, publishes every satellite's state over MQTT
-(provenance "virtual") and sends each board the duty that its satellite allows. The bench's temperature and the satellite's are
-never mixed. A run in which a board throttles although its satellite allows all is marked invalid.
-Leaves out: the physics (firmware_sim.satellite) and what the board does about a cap (its own guard).
+(provenance "virtual") and sends each board the duty that its satellite allows. Where the scenario has links, whether and how the
+satellite reaches the hub of the data plane is published too: emulated, and imposed on nothing here. The bench's temperature and the
+satellite's are never mixed. A run in which a board throttles although its satellite allows all is marked invalid.
+Leaves out: the physics (firmware_sim: satellite, contact), what the board does about a cap (its own guard), and the summary of a
+run (twin_summary.py).
 """
 
 from __future__ import annotations
@@ -11,12 +13,12 @@ from __future__ import annotations
 import math
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 
 import numpy as np
 
-from firmware_sim import satellite
+from firmware_sim import contact, satellite
 from firmware_sim.scenario import Scenario
 from ground_station.control import Control
 from ground_station.fleet import Instant, NodeState
@@ -42,7 +44,8 @@ class Board:
 @dataclass
 class Record:
     """One satellite over the run: extremes of its virtual temperature, charge and cap; mission seconds above the limit and in
-    the umbra; mission seconds for which the board's power was not known; why the run is invalid, or empty."""
+    the umbra; mission seconds for which the board's power was not known; extremes of its way to the hub, at the steps' ends; why
+    the run is invalid, or empty."""
 
     hottest_c: float = -math.inf
     lowest_soc: float = 1.0
@@ -50,6 +53,9 @@ class Record:
     over_limit_s: float = 0.0
     umbra_s: float = 0.0
     unknown_s: float = 0.0
+    least_delay_s: float = math.inf
+    most_delay_s: float = -math.inf
+    most_hops: int = 0
     invalid: str = ""
 
 
@@ -73,7 +79,9 @@ def seen(state: NodeState | None, now: Instant) -> Board:
 
 @dataclass(frozen=True)
 class View:
-    """One satellite now, beside its board. Temperatures in degrees Celsius: `temp_c` virtual, `board_c` measured."""
+    """One satellite now, beside its board. Temperatures in degrees Celsius: `temp_c` virtual, `board_c` measured. Links are
+    emulated: `link_up` None where the scenario has none; delay, rate and hops NaN where there is no way (rate also where the
+    satellite is the gateway)."""
 
     node: str
     mission_s: float
@@ -83,6 +91,11 @@ class View:
     soc: float
     lit_share: float
     cap: float
+    capacity_share: float
+    link_up: bool | None = None
+    link_delay_s: float = math.nan
+    link_rate_bps: float = math.nan
+    link_hops: float = math.nan
 
 
 class Twin:
@@ -92,7 +105,12 @@ class Twin:
         """Raises: ValueError of firmware_sim where the scenario's physics cannot be."""
         self.scenario, self._control, self._period_s = scenario, control, period_s
         self.satellites = satellite.make(scenario)
-        self._state = satellite.start(self.satellites, scenario.bus.start_c, scenario.power.start_soc)
+        power = scenario.power
+        self._state = satellite.start(
+            self.satellites, scenario.bus.start_c, power.start_soc, power.start_capacity_share
+        )
+        self._network = None if scenario.links is None else contact.make(scenario)
+        self._reach = None if self._network is None else contact.at(self._network, 0.0)
         self.records = {node: Record() for node in self.satellites.nodes}
         self.failed: Exception | None = None
         self._ordered: dict[str, tuple[float, float]] = {}  # node -> (cap, until)
@@ -135,8 +153,8 @@ class Twin:
             np.array([boards[node].temp_c for node in nodes]),
             dt_s,
         )
-        if not np.isfinite(self._state.temp_c).all():
-            raise ValueError("the scenario's physics diverge: lower leak_w_per_k, r_k_per_w or array_w")
+        if self._network is not None and self._reach is not None:
+            self._reach = contact.step(self._network, self._reach, dt_s)
         self._boards = boards
         for index, view in enumerate(self.views()):
             self._record(view, boards[view.node], float(before[index]), dt_s)
@@ -145,7 +163,7 @@ class Twin:
 
     def views(self) -> tuple[View, ...]:
         """Every satellite now, in the scenario's order."""
-        state = self._state
+        state, reach = self._state, self._reach
         soc, lit = satellite.soc(self.satellites, state), satellite.lit_share(state)
         return tuple(
             View(
@@ -157,6 +175,8 @@ class Twin:
                 float(soc[i]),
                 float(lit[i]),
                 float(state.cap[i]),
+                float(state.capacity_share[i]),
+                *(() if reach is None else _link(reach, i)),
             )
             for i, node in enumerate(self.satellites.nodes)
         )
@@ -169,6 +189,10 @@ class Twin:
         record.over_limit_s += dt_s * (view.temp_c > self.scenario.payload.limit_c)
         record.umbra_s += dt_s * (view.lit_share <= 0.0)
         record.unknown_s += dt_s * math.isnan(board.power_w)
+        if view.link_up:
+            record.least_delay_s = min(record.least_delay_s, view.link_delay_s)
+            record.most_delay_s = max(record.most_delay_s, view.link_delay_s)
+            record.most_hops = max(record.most_hops, int(view.link_hops))
         if board.slow and min(cap_before, view.cap) >= 1.0 and not record.invalid:
             record.invalid = (
                 f"{view.node} was slowed down by {board.slow}, and its satellite allowed all: cool the board"
@@ -176,21 +200,27 @@ class Twin:
 
     def _message(self, view: View, now: Instant) -> wire.Satellite:
         mission = self.scenario.time.start + timedelta(seconds=view.mission_s)
-        values = (
+        values = [
             ("temp_c", view.temp_c, "degC"),
             ("soc", view.soc, "1"),
             ("lit_share", view.lit_share, "1"),
             ("payload_w", view.payload_w, "W"),
             ("duty_cap", view.cap, "1"),
-        )
+            ("battery_capacity_share", view.capacity_share, "1"),
+        ]
+        if view.link_up is not None:
+            values += [
+                ("link_up", float(view.link_up), "1"),
+                ("link_delay_s", view.link_delay_s, "s"),
+                ("link_rate_bps", view.link_rate_bps, "bit/s"),
+                ("link_hops", view.link_hops, "1"),
+            ]
         return wire.Satellite(
             view.node,
             mission.timestamp(),
             self.scenario.time.scale,
             now.utc_s,
-            tuple(
-                wire.Sample(name, value, unit, "ok", "virtual", "satellite", now.utc_s) for name, value, unit in values
-            ),
+            tuple(_sample(name, value, unit, now.utc_s) for name, value, unit in values),
             self.records[view.node].invalid,
         )
 
@@ -206,32 +236,22 @@ class Twin:
         if self._control.tell(node, "duty", {"cap": f"{cap:.4f}", "valid_s": f"{valid_s:g}"}, valid_s):
             self._ordered[node] = (cap, now_s + valid_s)
 
+    @property
+    def state(self) -> satellite.State:
+        return self._state
 
-@dataclass(frozen=True)
-class Summary:
-    """What a run was like, for reports."""
-
-    valid: bool
-    reasons: tuple[str, ...]
-    satellites: dict[str, dict] = field(default_factory=dict)
+    @property
+    def reach(self) -> contact.Reach | None:
+        """None where the scenario has no links."""
+        return self._reach
 
 
-def summary(twin: Twin) -> Summary:
-    """The records as plain numbers; the run is valid when no board was slowed down on its own and the twin did not fail."""
-    reasons = [record.invalid for record in twin.records.values() if record.invalid]
-    if twin.failed is not None:
-        reasons.append(f"the virtual satellites stopped: {twin.failed}")
-    rows = {
-        node: {
-            "hottest_c": round(record.hottest_c, 2),
-            "limit_c": twin.scenario.payload.limit_c,
-            "over_limit_s": round(record.over_limit_s, 1),
-            "umbra_s": round(record.umbra_s, 1),
-            "lowest_soc": round(record.lowest_soc, 4),
-            "lowest_duty_cap": round(record.lowest_cap, 4),
-            "unknown_power_s": round(record.unknown_s, 1),
-            "provenance": "virtual",
-        }
-        for node, record in twin.records.items()
-    }
-    return Summary(not reasons, tuple(reasons), rows)
+def _link(reach: contact.Reach, i: int) -> tuple[bool, float, float, float]:
+    hops = float(reach.hops[i]) if reach.up[i] else math.nan
+    return bool(reach.up[i]), float(reach.delay_s[i]), float(reach.rate_bps[i]), hops
+
+
+def _sample(name: str, value: float, unit: str, at_s: float) -> wire.Sample:
+    missing = math.isnan(value)
+    validity = "missing" if missing else "ok"
+    return wire.Sample(name, None if missing else value, unit, validity, "virtual", "satellite", at_s)

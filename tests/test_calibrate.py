@@ -49,6 +49,8 @@ def test_orders_are_read_with_their_bounds():
     assert burn.parse_order({"seconds": "60", "duty": "0.5"}, 100.0) == burn.Order(0.5, 160.0)
     assert burn.parse_order({"seconds": "3600"}, 0.0) == burn.Order(1.0, 3600.0)
     assert burn.parse_order({"seconds": "0"}, 5.0) is None
+    for duty in ("7", "nonsense", ""):  # a mistake beside it must not keep a load going
+        assert burn.parse_order({"seconds": "0", "duty": duty}, 5.0) is None
     for arguments, says in (
         ({}, "seconds is ''"),
         ({"seconds": "3601"}, "0 to 3600"),
@@ -343,6 +345,18 @@ def test_a_slow_branch_that_was_not_waited_for_is_said():
     assert free.cautions == []
 
 
+def test_progress_without_a_terminal_is_one_plain_line_for_each_phase(capsys):
+    for phase, total_s in (("settle", 1800.0), ("step", 60.0), ("cool", 0.0)):
+        with calibration.Progress(phase, total_s) as progress:
+            progress.show(reading(messages()[0]), "more")
+    captured = capsys.readouterr()
+    assert captured.err.splitlines() == [
+        "calibrate: waiting until the board rests, at most 1800 s",
+        "calibrate: burning for 60 s",
+    ]
+    assert captured.out == ""
+
+
 def test_drift_is_the_slope_of_a_line():
     """3 K in a minute by construction."""
     readings = [replace(reading(each), temp_c=20.0 + 0.05 * reading(each).time_s) for each in messages()[:50]]
@@ -356,13 +370,6 @@ def run_cli(capsys, *arguments: str) -> tuple[int, str, str]:
     code = cli.main(["calibrate", *arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
-
-
-def test_a_dry_run_touches_nothing(capsys):
-    code, out, _ = run_cli(capsys, "n1", "--dry-run", "--step-s", "60", "--broker", "192.0.2.1:1883")
-    assert code == 0 and "burn at duty 1 for 60 s" in out and "0 seconds: stop" in out
-    code, out, _ = run_cli(capsys, "n1", "--dry-run", "--json")
-    assert code == 0 and len(json.loads(out)["plan"]) == 5
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import time
 import pytest
 import zmq
 
+from ground_station import link as link_module
 from ground_station import zmtp_router
 from ground_station.link import Link
 from ground_station.zmtp_router import QueueFull, Unreachable, ZmtpRouter
@@ -74,6 +75,49 @@ def is_closed(router: ZmtpRouter, peer: socket.socket, wait_s: float = WAIT_S) -
         except OSError:
             return True
     return False
+
+
+def _hello(link: Link, node: str) -> int | None:
+    """Says HELLO as a board does; its number, or None where no WELCOME comes."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+        dealer.setsockopt(zmq.LINGER, 0)
+        dealer.setsockopt(zmq.ROUTING_ID, node.encode())
+        dealer.connect(link.endpoint)
+        dealer.send(frame.pack(frame.Frame(frame.HELLO, 7, text=node)))
+        bad = link.bad_frames
+        end = time.monotonic() + WAIT_S
+        while time.monotonic() < end and link.bad_frames == bad:
+            link.drain()
+            if dealer.poll(10):
+                return frame.unpack(dealer.recv()).destination
+    return None
+
+
+def test_a_link_forgets_who_is_gone_for_longest_and_numbers_stay_few(monkeypatch):
+    monkeypatch.setattr(link_module, "MAX_PEERS", 3)
+    with Link() as link:
+        assert [_hello(link, node) for node in ("a", "b", "c")] == [1, 2, 3]
+        assert _hello(link, "d") is None and set(link.peers) == {"a", "b", "c"}  # nobody is gone for long enough
+        link.peers["b"].last_seen_s -= 61.0
+        link.peers["c"].last_seen_s -= 62.0
+        link._full_until_s = 0.0  # as long ago as they are
+        assert _hello(link, "d") == 3 and set(link.peers) == {"a", "b", "d"}
+        assert _hello(link, "b") == 2 and _hello(link, "c") is None  # who came back is there again
+        assert set(link._names.values()) == set(link.peers)
+        numbers = [peer.number for peer in link.peers.values()]
+        assert sorted(numbers) == [1, 2, 3]
+
+
+def test_names_that_are_gone_or_say_nonsense_use_no_numbers_up():
+    with Link() as link:
+        for index in range(20):
+            link._take(
+                f"gone-{index}".encode(), frame.pack(frame.Frame(frame.HELLO, 7, text="x")), None
+            )  # not connected
+            link._take(f"Bad_{index}".encode(), frame.pack(frame.Frame(frame.HELLO, 7, text="x")), None)
+            link._take(f"odd-{index}".encode(), b"nonsense", None)
+        assert link.peers == {} == link._names and link.bad_frames == 40
+        assert _hello(link, "a") == 1
 
 
 @pytest.mark.parametrize("size", [0, 1, 255, 256, 257, 70_000, LIMIT])

@@ -12,10 +12,11 @@ import time
 import paho.mqtt.client as mqtt
 import pytest
 
-from firmware_sim import scenario
+from firmware_sim import contact, scenario
 from ground_station.control import Control
 from ground_station.scenario_demo import SHIPPED, find, table
-from ground_station.twin import Twin, summary
+from ground_station.twin import Twin
+from ground_station.twin_summary import summary
 
 pytestmark = pytest.mark.broker
 WAIT_S = 10.0
@@ -216,6 +217,79 @@ def test_physics_that_diverge_end_the_twin_with_a_reason_and_the_run_is_invalid(
     assert not result.valid and "the virtual satellites stopped" in result.reasons[0]
 
 
+LINKS = """
+[links]
+gateway = "ground"
+latitude_deg = 0
+longitude_deg = {longitude_deg}
+least_elevation_deg = 10
+gsl_rate_bps = 3e6
+[[board]]"""
+
+
+def linked(longitude_deg: float) -> scenario.Scenario:
+    text = SCENARIO.format(limit_c=90).replace("[[board]]", LINKS.format(longitude_deg=longitude_deg))
+    return scenario.parse(text)
+
+
+def test_links_are_published_as_virtual_signals_and_missing_where_there_is_no_way(board, control):
+    """The satellite starts over the equator, at the longitude that is under the vernal equinox at that time: 90.5 degrees east."""
+    twin = Twin(linked(90.5), control)
+    board.telemetry(power_w=3.0, temp_c=40.0)
+    heard(control, "power_w", 3.0)
+    seen = []
+    for _ in range(12):  # ten minutes of mission time; the pass ends after four
+        twin.advance(1.0)
+        seen.append({sample["name"]: sample for sample in board.next("satellite/n1")["samples"]})
+    first, last = seen[0], seen[-1]
+    names = ("link_up", "link_delay_s", "link_rate_bps", "link_hops")
+    assert {first[name]["provenance"] for name in names} == {"virtual"} and {
+        first[name]["scope"] for name in names
+    } == {"satellite"}
+    assert [first[name]["value"] for name in ("link_up", "link_rate_bps", "link_hops")] == [1.0, 3e6, 1.0]
+    assert 550 / 299792.458 < first["link_delay_s"]["value"] < 1000 / 299792.458
+    assert last["link_up"]["value"] == 0.0 and last["link_up"]["validity"] == "ok"
+    for name in names[1:]:
+        assert last[name]["value"] is None and last[name]["validity"] == "missing"
+    row = summary(twin).satellites["n1"]["link"]
+    [planned] = contact.contact_plan(twin.scenario, 0.0, 600.0, 20.0)
+    assert row["watched_s"] == 600.0 and row["contact_s"] == pytest.approx(planned.to_s, abs=0.02)
+    assert 150.0 < planned.to_s < 300.0 and row["provenance"] == "emulated" and row["most_hops"] == 1
+    assert row["delay_ms"][0] == pytest.approx(1e3 * first["link_delay_s"]["value"], abs=1e-3)
+
+
+def test_a_satellite_that_never_has_a_way_has_no_contact_and_a_scenario_without_links_no_signals(board, control):
+    twin = Twin(linked(-90.0), control)
+    twin.advance(1.0)
+    assert board.next("satellite/n1")["samples"][-4]["value"] == 0.0
+    row = summary(twin).satellites["n1"]["link"]
+    assert row["contact_s"] == 0.0 and row["delay_ms"] is None and row["most_hops"] is None
+    plain = Twin(one(), control)
+    plain.advance(1.0)
+    assert not [sample for sample in board.next("satellite/n1")["samples"] if sample["name"].startswith("link")]
+    assert summary(plain).satellites["n1"]["link"] is None
+
+
+def test_the_batterys_age_is_published_and_summed_up(board, control):
+    aged = scenario.parse(
+        SCENARIO.format(limit_c=90).replace("[[board]]", "[power]\nstart_capacity_share = 0.85\n[[board]]")
+    )
+    for case, begun in ((one(), 1.0), (aged, 0.85)):
+        twin = Twin(case, control)
+        for _ in range(60):
+            twin.advance(2.0)
+            state = board.next("satellite/n1")
+        sample = {sample["name"]: sample for sample in state["samples"]}["battery_capacity_share"]
+        assert sample["provenance"] == "virtual" and begun - 1e-3 < sample["value"] < begun
+        row = summary(twin).satellites["n1"]["battery"]
+        assert row["capacity_share"] == pytest.approx(sample["value"], abs=1e-9)
+        assert row["lost_in_run"] == pytest.approx(begun - sample["value"], abs=2e-9)
+        assert row["run_orbits"] == pytest.approx(6000.0 / 5738.99, abs=1e-3)
+        # a year of such orbits: more than the run's loss, less than as many times as much
+        assert row["lost_in_run"] < row["lost_in_next_year"] < row["lost_in_run"] * 365.25 * 86400 / 6000.0
+        assert row["cycles"] >= 0.5
+
+
 def test_the_kits_scenarios_are_found_by_name_and_files_by_path(tmp_path):
     assert find("hot-eclipse").name == "hot-eclipse"
     path = tmp_path / "mine.toml"
@@ -229,11 +303,19 @@ def test_the_kits_scenarios_are_found_by_name_and_files_by_path(tmp_path):
 
 def test_the_table_fits_eighty_columns():
     row = {"hottest_c": 99.5, "limit_c": 85.0, "over_limit_s": 7336.0, "umbra_s": 2044.0, "lowest_soc": 0.8}
+    battery = {
+        "capacity_share": 0.9999,
+        "lost_in_run": 0.001234,
+        "lost_in_next_year": 0.123,
+        "run_orbits": 0.6,
+        "cycles": 0.5,
+    }
+    link = {"contact_s": 123456.7, "watched_s": 200000.0, "delay_ms": [100.123, 200.456], "most_hops": 123}
     part = {
         "name": "hot-eclipse",
         "time_scale": 60.0,
         "load": {"tokens": 3168, "seconds": 60.2},
-        "satellites": {"sat-1-a-long-name": row | {"lowest_duty_cap": 0.05}},
+        "satellites": {"sat-1-a-long-name": row | {"lowest_duty_cap": 0.05, "battery": battery, "link": link}},
         "benches": {
             "sat-1-a-long-name": {
                 "first_c": 79.9,
@@ -247,4 +329,9 @@ def test_the_table_fits_eighty_columns():
         "valid": True,
         "invalid_because": [],
     }
-    assert max(map(len, table(part).splitlines())) <= 80
+    text = table(part)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "100.1-200.5  123" in text and "emulated" in text and "rough, less than one whole orbit" in text
+    row = part["satellites"]["sat-1-a-long-name"]
+    part["satellites"]["sat-1-a-long-name"] = row | {"link": None, "battery": battery | {"run_orbits": 3.0}}
+    assert "contact" not in table(part) and "rough" not in table(part)
