@@ -12,16 +12,25 @@ from typing import Iterator, Protocol
 
 import numpy as np
 
+from ground_station.dispatch import Named
 from ground_station.remote import RemoteExperts, Rung, Traffic
 from ground_station.sampling import Sampler, Sampling
-from ground_station.selection import Policy
+from ground_station.selection_choice import Policy
+from ground_station.selection_world import World
 from ground_station.trunk import Trunk
 
 
 class Experts(Protocol):
     """Whoever runs experts: local.LocalExperts or remote.RemoteExperts."""
 
-    def run(self, layer: int, hidden: np.ndarray, experts: np.ndarray, gates: np.ndarray) -> np.ndarray: ...
+    def run(
+        self,
+        layer: int,
+        hidden: np.ndarray,
+        experts: np.ndarray,
+        gates: np.ndarray,
+        named: Named | None = None,
+    ) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -44,18 +53,23 @@ class TokenCost:
 
 
 class Decoder:
-    """One model ready to generate: trunk, selection policy and experts."""
+    """One model ready to generate: trunk, selection policy and experts. Whoever hears the telemetry sets `world` between tokens."""
 
     def __init__(self, trunk: Trunk, policy: Policy, experts: Experts, eos_ids: tuple[int, ...] = ()):
         self.trunk, self.policy, self.experts, self.eos_ids = trunk, policy, experts, eos_ids
+        self.world: World | None = None
         self._moe_ns = self._select_ns = 0
 
     def moe(self, layer: int, hidden: np.ndarray, logits: np.ndarray) -> np.ndarray:
         """Select, then run: what the trunk calls between two segments."""
         started = time.perf_counter_ns()
-        choice = self.policy(layer, logits)
+        choice = self.policy(layer, logits) if self.world is None else self.policy(layer, logits, self.world)
         selected = time.perf_counter_ns()
-        out = self.experts.run(layer, hidden, choice.experts, choice.gates)
+        if choice.nodes is None:
+            out = self.experts.run(layer, hidden, choice.experts, choice.gates)
+        else:
+            named = Named(choice.nodes, choice.precisions)
+            out = self.experts.run(layer, hidden, choice.experts, choice.gates, named)
         self._select_ns += selected - started
         self._moe_ns += time.perf_counter_ns() - selected
         return out

@@ -42,6 +42,8 @@ class Table:
 
 Copy = tuple[int, int]
 """(node index, precision id)."""
+Pair = tuple[int, int, int, float]
+"""(row, expert, precision id, gate), as frame.PAIR."""
 
 
 def assign(table: Table, layer: int, load: dict[int, int], usable: list[bool] | None = None) -> dict[int, Copy | None]:
@@ -140,13 +142,29 @@ def _relieve(
 Assign = Callable[[int, dict[int, int]], dict[int, Copy | None]]
 
 
-def split(layer: int, experts: np.ndarray, gates: np.ndarray, assignment: Assign) -> list[Work]:
+class Named(NamedTuple):
+    """The copy that a policy has chosen for each pair: node indices and precision ids, int [T, K]; node -1: `assign` decides."""
+
+    nodes: np.ndarray
+    precisions: np.ndarray
+
+    def among(self, usable: list[bool]) -> Named:
+        """Without the names of nodes that are not usable."""
+        keep = np.array([*usable, False])[self.nodes]  # -1 is the last
+        return Named(np.where(keep, self.nodes, -1), self.precisions)
+
+
+def split(
+    layer: int, experts: np.ndarray, gates: np.ndarray, assignment: Assign, named: Named | None = None
+) -> list[Work]:
     """Work per node, in ascending node index.
 
-    experts int [T, K], gates float32 [T, K] (a gate of 0 is not sent); `assignment(layer, rows per expert)` as `assign`; the
-    pairs of an expert that nobody can serve are left out: the caller counts them.
+    experts int [T, K], gates float32 [T, K] (a gate of 0 is not sent); `assignment(layer, rows per expert)` as `assign`, for the pairs
+    without a copy that is `named`; the pairs of an expert that nobody can serve are left out: the caller counts them.
     """
     t = experts.shape[0]
+    if named is not None:
+        return _by_node(_split_named(layer, experts, gates, assignment, named), t)
     wanted = [
         (row, expert, gate)
         for row, (chosen, weights) in enumerate(zip(experts.tolist(), gates.tolist()))
@@ -157,7 +175,7 @@ def split(layer: int, experts: np.ndarray, gates: np.ndarray, assignment: Assign
     for _, expert, _ in wanted:
         load[expert] = load.get(expert, 0) + 1
     copies = assignment(layer, load)
-    by_node: dict[int, list[tuple[int, int, int, float]]] = {}
+    by_node: dict[int, list[Pair]] = {}
     for row, expert, gate in wanted:
         if (copy := copies[expert]) is not None:
             node, precision = copy
@@ -165,6 +183,36 @@ def split(layer: int, experts: np.ndarray, gates: np.ndarray, assignment: Assign
                 by_node[node].append((row, expert, precision, gate))
             else:
                 by_node[node] = [(row, expert, precision, gate)]
+    return _by_node(by_node, t)
+
+
+def _split_named(
+    layer: int, experts: np.ndarray, gates: np.ndarray, assignment: Assign, named: Named
+) -> dict[int, list[Pair]]:
+    wanted = [
+        (row, *pair)
+        for row, columns in enumerate(
+            zip(experts.tolist(), gates.tolist(), named.nodes.tolist(), named.precisions.tolist())
+        )
+        for pair in zip(*columns)
+        if pair[1]
+    ]
+    load: dict[int, int] = {}
+    for _, expert, _, node, _ in wanted:
+        if node < 0:
+            load[expert] = load.get(expert, 0) + 1
+    copies = assignment(layer, load) if load else {}
+    by_node: dict[int, list[Pair]] = {}
+    for row, expert, gate, node, precision in wanted:
+        if node < 0:
+            if (copy := copies[expert]) is None:
+                continue
+            node, precision = copy
+        by_node.setdefault(node, []).append((row, expert, precision, gate))
+    return by_node
+
+
+def _by_node(by_node: dict[int, list[Pair]], t: int) -> list[Work]:
     if t == 1:
         return [Work(node, None, np.array(by_node[node], frame.PAIR)) for node in sorted(by_node)]
     work = []

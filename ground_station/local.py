@@ -35,9 +35,9 @@ class LocalExperts:
         self.options = session_options(threads, spin)
         self.sessions: dict[tuple[int, int, int], ort.InferenceSession] = {}
         for (layer, expert), copies in table.copies.items():
-            self._session(layer, expert, copies[0][1])
+            self.session(layer, expert, copies[0][1])
 
-    def _session(self, layer: int, expert: int, precision: int) -> ort.InferenceSession:
+    def session(self, layer: int, expert: int, precision: int) -> ort.InferenceSession:
         key = (layer, expert, precision)
         if key not in self.sessions:
             entry = self.manifest.shard(layer, expert, frame.PRECISIONS[precision])
@@ -48,13 +48,24 @@ class LocalExperts:
             self.sessions[key] = ort.InferenceSession(path, self.options, ["CPUExecutionProvider"])
         return self.sessions[key]
 
-    def run(self, layer: int, hidden: np.ndarray, experts: np.ndarray, gates: np.ndarray) -> np.ndarray:
+    def run(
+        self,
+        layer: int,
+        hidden: np.ndarray,
+        experts: np.ndarray,
+        gates: np.ndarray,
+        named: dispatch.Named | None = None,
+    ) -> np.ndarray:
         """sum of gate * expert(hidden), float32 [T, D], for chosen experts [T, K] and their gates."""
-        work = dispatch.split(layer, experts, gates, partial(dispatch.assign, self.table))
+        work = dispatch.split(layer, experts, gates, partial(dispatch.assign, self.table), named)
+        return self.run_work(layer, hidden, work)
+
+    def run_work(self, layer: int, hidden: np.ndarray, work: list[dispatch.Work]) -> np.ndarray:
+        """float32 [T, D]: the sum of what each node adds, of work that is already divided among them."""
         total = np.zeros_like(hidden)
 
         def run_expert(expert: int, precision: int, rows: np.ndarray) -> np.ndarray:
-            return self.sessions[layer, expert, precision].run(_OUTPUTS, {"x": rows})[0]
+            return self.session(layer, expert, precision).run(_OUTPUTS, {"x": rows})[0]
 
         for item in work:
             x = hidden if item.rows is None else hidden[item.rows]

@@ -1,34 +1,34 @@
-"""Which experts a token uses: every policy behind one interface, pure functions of router logits and prices.
+"""Which experts a token uses: policies by name, the model's own rule, and what repeats or records a policy.
 
-A policy maps router logits [T, E] of a layer to chosen experts [T, K] and gates [T, K]; a gate of 0 means "not run". The
-model's own rule is `topk`. `budgeted` is ours in its first form: it drops an expert when its share of the output costs more
-than it is worth at the current price of a joule on its node, guarded by a least coverage of the gate mass.
-Leaves out: replicas and precisions as part of the choice, similarity substitution, link prices.
+The interface is in selection_choice.py, baselines in selection_baselines.py, `budgeted` in selection_budgeted.py; what a policy sees
+of the fleet in selection_world.py, and how prices follow from telemetry in selection_prices.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 
+from ground_station import selection_baselines
+from ground_station.selection_budgeted import Budgeted
+from ground_station.selection_choice import Choice, Policy
+from ground_station.selection_world import Calibration, World
 from node_agent import routing
 from node_agent.shard import Routing
 
-
-@dataclass(frozen=True)
-class Choice:
-    """Experts int64 [T, K] and gates float32 [T, K] of one layer."""
-
-    experts: np.ndarray
-    gates: np.ndarray
-
-
-class Policy(Protocol):
-    """Callable with (layer, router logits float32 [T, E]) -> Choice."""
-
-    def __call__(self, layer: int, logits: np.ndarray) -> Choice: ...
+__all__ = [
+    "POLICIES",
+    "Budgeted",
+    "Choice",
+    "Policy",
+    "Random",
+    "Recorder",
+    "Replay",
+    "TopK",
+    "make",
+    "price_from_headroom",
+]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class TopK:
     routing: Routing
     top_k: int
 
-    def __call__(self, layer: int, logits: np.ndarray) -> Choice:
+    def __call__(self, layer: int, logits: np.ndarray, world: World | None = None) -> Choice:
         experts = routing.largest(logits, self.top_k)
         return Choice(experts, routing.gates_of(logits, experts, self.routing))
 
@@ -51,47 +51,9 @@ class Random:
     top_k: int
     rng: np.random.Generator
 
-    def __call__(self, layer: int, logits: np.ndarray) -> Choice:
+    def __call__(self, layer: int, logits: np.ndarray, world: World | None = None) -> Choice:
         experts = np.argsort(self.rng.random(logits.shape), axis=1)[:, : self.top_k]
         return Choice(experts, routing.gates_of(logits, experts, self.routing))
-
-
-@dataclass
-class Budgeted:
-    """`topk`, less the experts that are not worth their joules.
-
-    joule_price[layer][e]: price of running expert e of a layer where it is placed, in units of gate mass (0: free). Kept by
-    `price_from_headroom`. An expert is dropped when gate < price, smallest gate first, while the gate mass that stays is at
-    least `coverage` of that of topk. What stays is renormalised to the whole.
-    """
-
-    routing: Routing
-    top_k: int
-    experts: int
-    coverage: float = 0.5
-    joule_price: dict[int, np.ndarray] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not 0 < self.coverage <= 1:
-            raise ValueError(f"coverage {self.coverage} is not in (0, 1]")
-
-    def __call__(self, layer: int, logits: np.ndarray) -> Choice:
-        experts = routing.largest(logits, self.top_k)
-        gates = routing.gates_of(logits, experts, self.routing)
-        price = self.joule_price.get(layer)
-        if price is None:
-            return Choice(experts, gates)
-        whole = gates.sum(1)
-        kept = whole.copy()
-        result = gates.copy()
-        for column in np.argsort(gates, axis=1, kind="stable").T:  # smallest gate of each token first
-            rows = np.arange(len(gates))
-            gate = gates[rows, column]
-            drop = (gate < price[experts[rows, column]] * whole) & (kept - gate >= self.coverage * whole)
-            result[rows[drop], column[drop]] = 0
-            kept -= np.where(drop, gate, 0)
-        result *= (whole / kept)[:, None]
-        return Choice(experts, result.astype(np.float32))
 
 
 def price_from_headroom(temp_c: float | None, limit_c: float, knee_c: float, price_at_limit: float) -> float:
@@ -107,24 +69,13 @@ def price_from_headroom(temp_c: float | None, limit_c: float, knee_c: float, pri
     return price_at_limit * x / (1 - x)
 
 
-def expert_prices(
-    copies: dict[tuple[int, int], tuple[tuple[int, int], ...]], node_price: list[float], experts: int
-) -> dict[int, np.ndarray]:
-    """Price [E] per layer from a price per node: an expert costs what its cheapest copy costs (`copies` of dispatch.Table)."""
-    prices: dict[int, np.ndarray] = {}
-    for (layer, expert), where in copies.items():
-        row = prices.setdefault(layer, np.zeros(experts))
-        row[expert] = min(node_price[node] for node, _ in where)
-    return prices
-
-
 class Replay:
     """Repeats recorded choices call by call, so that a run whose prices moved can be compared with its reference."""
 
     def __init__(self, choices: list[Choice]):
         self._choices = iter(choices)
 
-    def __call__(self, layer: int, logits: np.ndarray) -> Choice:
+    def __call__(self, layer: int, logits: np.ndarray, world: World | None = None) -> Choice:
         return next(self._choices)
 
 
@@ -134,20 +85,34 @@ class Recorder:
     def __init__(self, policy: Policy):
         self.policy, self.choices = policy, []
 
-    def __call__(self, layer: int, logits: np.ndarray) -> Choice:
-        self.choices.append(self.policy(layer, logits))
+    def __call__(self, layer: int, logits: np.ndarray, world: World | None = None) -> Choice:
+        self.choices.append(self.policy(layer, logits, world))
         return self.choices[-1]
 
 
-POLICIES = ("topk", "random", "budgeted")
+POLICIES = ("topk", "random", "coolest", "topp", "naee", "des", "wlr", "similarity", "equinox", "budgeted")
 
 
-def make(name: str, rule: Routing, top_k: int, experts: int, seed: int = 0, coverage: float = 0.5) -> Policy:
-    """A policy by its name.  Raises: ValueError that lists the names."""
+def make(
+    name: str,
+    rule: Routing,
+    top_k: int,
+    experts: int,
+    seed: int = 0,
+    coverage: float = 0.5,
+    calibration: Calibration | None = None,
+    **knobs: float,
+) -> Policy:
+    """A policy by its name; `knobs` are fields of its class. Without `calibration` all experts count as alike.
+
+    Raises: ValueError that lists the names.
+    """
     if name == "topk":
         return TopK(rule, top_k)
     if name == "random":
         return Random(rule, top_k, np.random.default_rng(seed))
     if name == "budgeted":
-        return Budgeted(rule, top_k, experts, coverage)
+        return Budgeted(rule, top_k, experts, coverage, calibration, **knobs)
+    if name in POLICIES:
+        return selection_baselines.make(name, rule, top_k, calibration, **knobs)
     raise ValueError(f"policy {name!r} is unknown: use one of {', '.join(POLICIES)}")
