@@ -16,6 +16,7 @@ import numpy as np
 
 from ground_station import dispatch
 from ground_station.link import Failure, Link
+from ground_station.rates import Allocator
 from node_agent import compress, frame
 
 TIMEOUT_S = 1.0
@@ -58,7 +59,12 @@ class RemoteExperts:
         codec: str,
         reply_codec: str | None = None,
         timeout_s: float = TIMEOUT_S,
+        allocator: Allocator | None = None,
     ):
+        """`allocator`: gives the steps of codecs that take some (rates.for_codec).  Raises: ValueError without one."""
+        if allocator is None and None in (compress.CODECS[codec].size, compress.CODECS[reply_codec or codec].size):
+            raise ValueError(f"codec {codec} needs an allocator of its rates")
+        self.allocator = allocator
         self.link, self.table, self.codec = link, table, codec
         self.reply_codec = reply_codec or codec
         self.timeout_s = timeout_s
@@ -66,13 +72,24 @@ class RemoteExperts:
         self.served: Counter[str] = Counter()
         self._request_id = 0
 
-    def run(self, layer: int, hidden: np.ndarray, experts: np.ndarray, gates: np.ndarray) -> np.ndarray:
+    def run(
+        self,
+        layer: int,
+        hidden: np.ndarray,
+        experts: np.ndarray,
+        gates: np.ndarray,
+        named: dispatch.Named | None = None,
+    ) -> np.ndarray:
         """sum of gate * expert(hidden), float32 [T, D], for chosen experts [T, K] and their gates."""
         total = np.zeros_like(hidden)
+        if self.allocator is not None:
+            self.allocator.begin(layer)
         self.link.drain()
         up = [self.link.is_up(node) for node in self.table.nodes]
         everyone = partial(dispatch.assign, self.table)
-        work = dispatch.split(layer, experts, gates, everyone if all(up) else self._assign(up, "node is down"))
+        if named is not None and not all(up):
+            named = named.among(up)
+        work = dispatch.split(layer, experts, gates, everyone if all(up) else self._assign(up, "node is down"), named)
         lost = np.zeros(len(hidden)) if all(up) else self._lost_rows(layer, experts, gates, up, "no copy is reachable")
         failed = self._exchange(layer, hidden, work, total)
         if failed:
@@ -122,11 +139,16 @@ class RemoteExperts:
         if not work:
             return []
         timeout_s = self.timeout_s + TIMEOUT_PER_ROW_S * len(hidden)
+        allocator = self.allocator
         started = time.perf_counter_ns()
         shared_payload = None
         requests = {}
         for item in sorted(work, key=lambda item: -len(item.pairs)):  # whoever has most to do hears of it first
-            if item.rows is None:
+            if allocator is not None:
+                x = hidden if item.rows is None else hidden[item.rows]
+                payload = compress.encode(self.codec, x, allocator.input_steps(layer, x, item.pairs))
+                allocator.spent(len(payload), x.size)
+            elif item.rows is None:
                 shared_payload = shared_payload or compress.encode(self.codec, hidden)
                 x, payload = hidden, shared_payload
             else:
@@ -144,6 +166,7 @@ class RemoteExperts:
                     x=x,
                     pairs=item.pairs,
                     budget_us=int(timeout_s * 1e6),
+                    reply_step=0.0 if allocator is None else allocator.reply_step(layer),
                 ),
                 payload,
             )
@@ -167,7 +190,9 @@ class RemoteExperts:
                 continue
             dispatch.add_partial(total, item, answer.x)
             self.served[node] += len(item.pairs)
-            self.traffic.received_bytes += frame.HEADER_BYTES + compress.CODECS[answer.codec].size(*answer.x.shape)
+            self.traffic.received_bytes += answer.size
+            if allocator is not None:
+                allocator.spent(answer.size - frame.HEADER_BYTES, answer.x.size)
             self.traffic.busy_us += answer.compute_us
             if answer.compute_us + answer.codec_us > slowest_us + slowest_codec_us:
                 slowest_us, slowest_codec_us = answer.compute_us, answer.codec_us
