@@ -1,0 +1,432 @@
+"""Sends shards to nodes over the data plane's second socket: a ROUTER that nodes dial into, one transfer at a time.
+
+Every transfer begins with an offer; the node says what it has, with the sha256 of just that, and only what it lacks is sent,
+also after the node was killed, the connection cut, or a contact has ended in the middle. Chunks go out in a window of
+unacknowledged bytes. Loopback may be plain; any other address needs CURVE keys, the same as the first socket's.
+Leaves out: what should be where (placement), when there is a contact (contacts.py), how one is imposed (delivery_pace.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+
+from ground_station.delivery_pace import Direct, Paced, Windows
+from ground_station.link import LinkError, is_loopback
+from node_agent import delivery_frame, shard, wire
+from node_agent.delivery_frame import (
+    ACK,
+    CHUNK,
+    DONE,
+    DROP,
+    DROPPED,
+    OFFER,
+    REFUSED,
+    STATE,
+    Have,
+    Message,
+    Offer,
+    Shard,
+)
+
+PATIENCE_S = 30.0  # without any progress, while there is a contact
+OFFER_AGAIN_S = 2.0
+STALL_S = 2.0  # chunks under way and no acknowledgement: offered again
+RETRY_S = 0.05
+MAX_POLL_S = 0.1
+TAKEN_AT_ONCE = 256
+FULL_S = 1.0
+HASH_BYTES = 1 << 20
+
+Progress = Callable[[int, int], None]
+"""(bytes that the node has, bytes in all)."""
+
+
+class DeliveryError(RuntimeError):
+    """A shard did not get to a node, or did not go away; the text names both and the next step."""
+
+
+class DeliveryRefused(DeliveryError):
+    """The node does not want it. `kind` is one of delivery_frame.REFUSALS."""
+
+    def __init__(self, node: str, kind: str, text: str):
+        super().__init__(f"{node} refuses ({kind}): {text}")
+        self.kind = kind
+
+
+class NoContact(DeliveryError):
+    """The contact plan has no more contact with the node."""
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """What a transfer took. Bytes are payload; `sent_bytes` counts what was sent twice twice; times of time.monotonic().
+
+    `had_bytes`: what the node had at first; `offers`: 1 where nothing went wrong; `first_s`: the first bit of the first chunk leaves
+    here (None: nothing was sent); `arrived_s`: the last chunk is written on the node's disk; `done_s`: it is verified and loaded.
+    """
+
+    node: str
+    stem: str
+    total_bytes: int
+    had_bytes: int
+    sent_bytes: int
+    offers: int
+    began_s: float
+    first_s: float | None
+    arrived_s: float | None
+    done_s: float
+    emulated: bool
+
+
+class _Files:
+    """The shard's files here, verified and open."""
+
+    def __init__(self, root: Path, files: tuple[shard.FileEntry, ...], stack: ExitStack):
+        """Raises: shard.BundleError for a file that is not what the manifest says."""
+        self.entries = files
+        self._open = [stack.enter_context(open(shard.verify_file(root, file), "rb", buffering=0)) for file in files]
+
+    def read(self, index: int, offset: int, size: int) -> bytes:
+        data = os.pread(self._open[index].fileno(), size, offset)
+        if len(data) != size:
+            raise DeliveryError(f"{self.entries[index].path} was cut short meanwhile: write the bundle again")
+        return data
+
+    def same(self, index: int, have: Have) -> bool:
+        """Whether what the node has is the beginning of our file."""
+        entry = self.entries[index]
+        if not 0 < have.bytes <= entry.bytes:
+            return False
+        if have.bytes == entry.bytes:
+            return have.sha256 == entry.sha256
+        digest = hashlib.sha256()
+        for offset in range(0, have.bytes, HASH_BYTES):
+            digest.update(self.read(index, offset, min(HASH_BYTES, have.bytes - offset)))
+        return digest.hexdigest() == have.sha256
+
+
+class _Sending:
+    """How far a transfer is: `written` as the node says, `next` what goes out next, for each file."""
+
+    def __init__(self, files: _Files):
+        self.files = files
+        self.written = [0] * len(files.entries)
+        self.next = [0] * len(files.entries)
+        self.total = sum(entry.bytes for entry in files.entries)
+        self.had_bytes: int | None = None
+        self.sent_bytes = self.offers = 0
+        self.first_s: float | None = None
+        self.arrived_s: float | None = None
+        self._made_room: deque[tuple[int, float]] = deque()  # (bytes written in all, when we knew)
+
+    def state(self, have: tuple[Have, ...], at_s: float) -> None:
+        """Goes on from what the node has.  Raises: DeliveryError for an answer about another number of files."""
+        if len(have) != len(self.written):
+            raise DeliveryError(f"the node speaks of {len(have)} files of {len(self.written)}: update the older side")
+        self.written = [there.bytes if self.files.same(index, there) else 0 for index, there in enumerate(have)]
+        self.next = list(self.written)
+        if self.had_bytes is None:
+            self.had_bytes = sum(self.written)
+        self._made_room = deque([(sum(self.written), at_s)])
+
+    def acknowledged(self, index: int, offset: int, received_s: float, at_s: float) -> None:
+        if index < len(self.written) and self.written[index] < offset <= self.next[index]:
+            self.written[index] = offset
+            self._made_room.append((sum(self.written), at_s))
+            self.arrived_s = received_s
+
+    def upcoming(self) -> tuple[int, int, int] | None:
+        """(file, offset, bytes left of the file) of what goes out next."""
+        for index, entry in enumerate(self.files.entries):
+            if self.next[index] < entry.bytes:
+                return index, self.next[index], entry.bytes - self.next[index]
+        return None
+
+    @property
+    def under_way(self) -> int:
+        return sum(self.next) - sum(self.written)
+
+    def available_s(self, window_bytes: int, size: int) -> float | None:
+        """Since when `size` more bytes may be under way; None when they may not yet."""
+        need = sum(self.next) + size - window_bytes
+        while self._made_room and self._made_room[0][0] < need:
+            self._made_room.popleft()
+        return self._made_room[0][1] if self._made_room else None
+
+
+class Deliverer:
+    """Owns the ROUTER socket; use it as a context manager and from one thread only."""
+
+    def __init__(self, endpoint: str = "tcp://127.0.0.1:*", curve_keys: tuple[bytes, bytes] | None = None):
+        """`curve_keys` = (public, secret), Z85.  Raises: LinkError when the endpoint is not to be had or not protected."""
+        if curve_keys is None and not is_loopback(endpoint):
+            raise LinkError(f"{endpoint} is not loopback: give CURVE keys (docs: fleet init) or bind 127.0.0.1")
+        self.bad_frames = 0
+        self.unasked_frames = 0
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        for option, value in (
+            (zmq.LINGER, 0),
+            (zmq.ROUTER_MANDATORY, 1),
+            (zmq.ROUTER_HANDOVER, 1),  # a restarted board takes its place at once
+            (zmq.MAXMSGSIZE, delivery_frame.MAX_ANSWER_BYTES),
+            (zmq.SNDHWM, 64),
+            (zmq.RCVHWM, 1024),
+            (zmq.SNDTIMEO, 0),
+            (zmq.HEARTBEAT_IVL, 2000),
+            (zmq.HEARTBEAT_TIMEOUT, 6000),
+        ):
+            self._socket.setsockopt(option, value)
+        if curve_keys is not None:
+            self._socket.curve_publickey, self._socket.curve_secretkey = curve_keys
+            self._socket.curve_server = True
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            self.close()
+            raise LinkError(f"cannot listen on {endpoint}: {error}; choose another port") from None
+        self.endpoint: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._answers: deque[tuple[float, float, Message]] = (
+            deque()
+        )  # (due, received, answer) of the transfer under way
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()
+
+    def __enter__(self) -> Deliverer:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    # ------------------------------------------------------------ what others call
+
+    def deliver(
+        self,
+        node: str,
+        root: Path,
+        manifest: shard.Manifest,
+        entry: shard.ShardEntry,
+        windows: Windows | None = None,
+        progress: Progress = lambda done, total: None,
+        patience_s: float = PATIENCE_S,
+    ) -> Delivered:
+        """Sends a shard of the bundle at `root` until the node has loaded it; what it has already is not sent.
+
+        `windows`: contacts to impose on the transfer; without them it runs as fast as the link allows.
+        Raises: shard.BundleError, DeliveryRefused, NoContact, DeliveryError after `patience_s` without progress.
+        """
+        offer = Offer(
+            Shard(entry.layer, entry.expert, entry.precision), manifest.dims.hidden, manifest.name, entry.files
+        )
+        wire.check_id(node)
+        began_s = time.monotonic()
+        with ExitStack() as stack:
+            sending = _Sending(_Files(root, entry.files, stack))
+            for air in self._contacts(node, sending, windows):
+                done_s = self._in_contact(node, offer, sending, air, progress, patience_s)
+                if done_s is not None:
+                    break
+        progress(sending.total, sending.total)
+        had = sending.total if sending.had_bytes is None else sending.had_bytes
+        return Delivered(
+            node,
+            offer.shard.stem,
+            sending.total,
+            had,
+            sending.sent_bytes,
+            sending.offers,
+            began_s,
+            sending.first_s,
+            sending.arrived_s,
+            done_s,
+            air.emulated,
+        )
+
+    def drop(self, node: str, which: Shard, patience_s: float = PATIENCE_S) -> None:
+        """Takes a shard away from a node, which may wait until it is idle; done also where there is none.
+
+        Raises: DeliveryRefused, DeliveryError when it does not answer.
+        """
+        transfer, end_s = secrets.randbits(64), time.monotonic() + patience_s
+        request = delivery_frame.pack(Message(DROP, transfer, shard=which))
+        air, last = Direct(), None
+        while (now_s := time.monotonic()) < end_s:
+            self._answers.clear()
+            if self._send(node, request):
+                self._until(node, transfer, air, now_s + OFFER_AGAIN_S, any_answer=True)
+                for _, _, answer in self._due(node, transfer, air):
+                    if answer.kind == DROPPED:
+                        return
+                    if answer.kind == REFUSED:
+                        last = DeliveryRefused(node, answer.refusal, answer.text)
+                        if answer.refusal != "busy":
+                            raise last
+            time.sleep(RETRY_S)
+        raise last or DeliveryError(
+            f"{node} did not drop {which.stem} within {patience_s:g} s: see that its agent runs"
+        )
+
+    # ------------------------------------------------------------ one contact
+
+    def _contacts(self, node: str, sending: _Sending, windows: Windows | None) -> Iterator[Direct | Paced]:
+        """The links over which the transfer goes, one after the other.  Raises: NoContact after the last."""
+        while windows is None:
+            yield Direct()
+        while True:
+            now_s = time.monotonic()
+            left = sending.total - sum(sending.written)
+            coming = [window for window in windows(max(left, 1), now_s) if window.closes_s > now_s]
+            if not coming:
+                text = f"no more contact with {node}, {left} of {sending.total} bytes are not acknowledged"
+                raise NoContact(f"{text}: go on with a later contact plan, nothing is lost")
+            for window in coming:
+                if window.closes_s > time.monotonic():
+                    yield Paced(window)
+
+    def _in_contact(
+        self,
+        node: str,
+        offer: Offer,
+        sending: _Sending,
+        air: Direct | Paced,
+        progress: Progress,
+        patience_s: float,
+    ) -> float | None:
+        """Offers and sends until the shard is loaded (returns when) or the contact is over (None)."""
+        started_s, best = max(time.monotonic(), air.opens_s), -1
+        while time.monotonic() < air.closes_s and not air.spent:
+            done_s = self._once(node, offer, sending, air, progress)
+            if done_s is not None:
+                return done_s
+            now_s = time.monotonic()
+            if sum(sending.written) > best:
+                best, started_s = sum(sending.written), now_s
+            if now_s - started_s > patience_s:
+                raise DeliveryError(
+                    f"{node} took {sum(sending.written)} of {sending.total} bytes of {offer.shard.stem} and then nothing for "
+                    f"{patience_s:g} s: see that its agent runs and that delivery_endpoint in its configuration is {self.endpoint}"
+                )
+        return None
+
+    def _once(
+        self, node: str, offer: Offer, sending: _Sending, air: Direct | Paced, progress: Progress
+    ) -> float | None:
+        """From one offer to its end: when the shard was loaded, or None when it must be offered again or the contact is over."""
+        transfer = secrets.randbits(64)
+        self._answers.clear()
+        request = delivery_frame.pack(Message(OFFER, transfer, offer=offer))
+        now_s = time.monotonic()
+        slot = air.slot(now_s, len(request), is_chunk=False)
+        if slot is None or slot.size < len(request):
+            self._until(node, transfer, air, air.closes_s)
+            return None
+        self._until(node, transfer, air, slot.there_s)
+        if not self._send(node, request):
+            time.sleep(RETRY_S)
+            return None
+        sending.offers += 1
+        heard_s, stall_s, begun = time.monotonic(), OFFER_AGAIN_S + 2 * air.delay_s, False
+        while True:
+            for received_s, at_s, answer in self._due(node, transfer, air):
+                heard_s = max(heard_s, at_s)
+                if answer.kind == DONE:
+                    return received_s
+                if answer.kind == STATE:
+                    sending.state(answer.have, at_s)
+                    begun, stall_s = True, STALL_S + 2 * air.delay_s
+                elif answer.kind == ACK and begun:
+                    sending.acknowledged(answer.index, answer.offset, received_s, at_s)
+                elif answer.kind == REFUSED:
+                    if answer.refusal == "unknown":
+                        return None
+                    raise DeliveryRefused(node, answer.refusal, answer.text)
+                if begun:
+                    progress(sum(sending.written), sending.total)
+            now_s = time.monotonic()
+            upcoming = sending.upcoming() if begun else None
+            available_s = upcoming and sending.available_s(air.window_bytes, min(air.chunk, upcoming[2]))
+            slot = air.slot(available_s, upcoming[2]) if available_s is not None else None
+            if slot is None:  # for an answer, or for the contact's end; what has left by then may be there after it
+                if now_s >= air.closes_s or (air.spent and upcoming and not sending.under_way):
+                    return None
+                if now_s - heard_s > stall_s + (OFFER_AGAIN_S if not sending.under_way else 0.0):
+                    return None
+                self._until(node, transfer, air, min(now_s + MAX_POLL_S, air.closes_s), any_answer=True)
+                continue
+            self._until(node, transfer, air, slot.there_s)
+            index, offset, _ = upcoming
+            body = sending.files.read(index, offset, slot.size)
+            if not self._send(node, delivery_frame.pack(Message(CHUNK, transfer, index, offset, body))):
+                return None
+            heard_s = max(heard_s, time.monotonic())
+            sending.first_s = slot.start_s if sending.first_s is None else sending.first_s
+            sending.next[index] += slot.size
+            sending.sent_bytes += slot.size
+
+    # ------------------------------------------------------------ the socket
+
+    def _send(self, node: str, data: bytes) -> bool:
+        """Hands a frame to libzmq; False when the node is not connected, or takes nothing in for FULL_S."""
+        end_s = time.monotonic() + FULL_S
+        while True:
+            try:
+                self._socket.send_multipart((node.encode(), data))
+                return True
+            except zmq.Again:
+                if time.monotonic() > end_s:
+                    return False
+                time.sleep(FULL_S / 100)
+            except zmq.ZMQError:
+                return False
+
+    def _take(self, node: str, transfer: int, air: Direct | Paced) -> None:
+        """Takes in what has arrived, without waiting."""
+        for _ in range(TAKEN_AT_ONCE):
+            try:
+                parts = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                answer = delivery_frame.unpack(parts[1]) if len(parts) == 2 else None
+            except delivery_frame.DeliveryFrameError:
+                answer = None
+            if answer is None:
+                self.bad_frames += 1
+            elif parts[0] != node.encode() or answer.transfer != transfer:
+                self.unasked_frames += 1
+            else:
+                received_s = time.monotonic()
+                back_s = air.back_s(received_s)
+                if back_s is not None:
+                    self._answers.append((back_s, received_s, answer))
+
+    def _due(self, node: str, transfer: int, air: Direct | Paced) -> Iterator[tuple[float, float, Message]]:
+        """(received, due, answer) of what is back by now."""
+        self._take(node, transfer, air)
+        while self._answers and self._answers[0][0] <= time.monotonic():
+            at_s, received_s, answer = self._answers.popleft()
+            yield received_s, at_s, answer
+
+    def _until(self, node: str, transfer: int, air: Direct | Paced, until_s: float, any_answer: bool = False) -> None:
+        """Takes in answers until that time, or until the first one is due."""
+        while True:
+            end_s = min(until_s, self._answers[0][0]) if any_answer and self._answers else until_s
+            left_s = end_s - time.monotonic()
+            if left_s <= 0.0:
+                return
+            if left_s < 0.001:
+                time.sleep(left_s)
+            elif self._socket.poll(int(left_s * 1000)):
+                self._take(node, transfer, air)
