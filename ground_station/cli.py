@@ -1,8 +1,8 @@
 """The umbrella command `spacemoe`: parse -> one library call -> print.
 
 The one place that may import sibling rooms, inside sub-commands only, so that `spacemoe --help` stays fast and needs no
-extra. Exit codes: 0 done, 1 the work failed, 2 wrong usage, 3 a check did not hold (parity, verify), 130 interrupted,
-143 told to end (SIGTERM, SIGHUP).
+extra. Exit codes: 0 done, 1 the work failed, 2 wrong usage (an argument, or what is in a file that it names, cannot be used: a
+ValueError), 3 a check did not hold (parity, verify), 130 interrupted, 143 told to end (SIGTERM, SIGHUP).
 """
 
 from __future__ import annotations
@@ -12,10 +12,17 @@ import json
 import os
 import signal
 import sys
+import textwrap
 import threading
 from pathlib import Path
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_CHECK, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 3, 130, 143
+UNSTEADY = 1.3  # the slowest round over the quickest
+COLUMNS = 80
+
+
+class UsageError(ValueError):
+    """An argument's value cannot be used; the text says what to give."""
 
 
 def reference_bundle() -> Path:
@@ -27,8 +34,19 @@ def _bundle(args: argparse.Namespace) -> Path:
     path = args.bundle or reference_bundle()
     if not path.is_dir():
         hint = "give --bundle DIR" if args.bundle is None else "make one by `spacemoe quantize MODEL -o BUNDLE`"
-        raise FileNotFoundError(f"there is no bundle at {path}: {hint}")
+        raise UsageError(f"there is no bundle at {path}: {hint}")
     return path
+
+
+def _check_writable(path: Path | None, option: str) -> None:
+    """Raises: UsageError for a path that can never be a file."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise UsageError(f"{path} cannot be written: give {option} a file in a folder that is there")
+
+
+def _wrapped(line: str) -> str:
+    """A line of output as lines of at most 80 columns; words stay whole, so that paths can be copied."""
+    return textwrap.fill(line, COLUMNS, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 
 
 def _positive(text: str) -> int:
@@ -53,15 +71,18 @@ CODECS = (
     "fp16",
     "q8",
     "q4",
+    "importance",
 )  # of node_agent.compress, POLICIES of selection: named here so that --help stays fast
-POLICIES = ("topk", "random", "budgeted")
+PLACEMENTS = ("random", "intra", "roundrobin", "ring", "eplb", "affinity", "hotcore", "budgeted", "exact")
+POLICIES = ("topk", "random", "coolest", "topp", "naee", "des", "wlr", "similarity", "equinox", "budgeted")
 
 
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         prog="spacemoe",
         description="Mixture-of-experts language models spread over small boards that stand in for satellites.",
-        epilog="exit codes: 0 done, 1 failed, 2 wrong usage, 3 a check did not hold, 130 interrupted, 143 terminated",
+        epilog="exit codes: 0 done; 1 the work failed; 2 wrong usage: an argument's value, or what is in a file that it names, cannot "
+        "be used; 3 a check did not hold; 130 interrupted; 143 terminated",
     )
     root.add_argument("--version", action="store_true", help="print the version and exit")
     commands = root.add_subparsers(dest="command", metavar="COMMAND")
@@ -81,6 +102,12 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--replica", default="int4", help="precision of the replicas, or 'none' (default: %(default)s)")
     demo.add_argument(
         "--codec", choices=CODECS, default="q8", help="of hidden states on the wire (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--bits-per-value",
+        type=float,
+        metavar="BITS",
+        help="payload that --codec importance is steered to (default: free, at a quality of about +1 %% perplexity)",
     )
     demo.add_argument(
         "--policy", choices=POLICIES, default="topk", help="which experts a token uses (default: %(default)s)"
@@ -128,7 +155,9 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--limit-bytes", type=_positive, help="use only that much text of each domain")
     evaluate.add_argument("--threads", type=_positive, default=2)
 
-    calibrate = command("calibrate", "run a power step on a board and fit its Foster network on line", _calibrate)
+    calibrate = command(
+        "calibrate", "fit a board's Foster network, or its power model, to loads that it is given", _calibrate
+    )
     calibrate.add_argument("node", metavar="NODE", help="id of the board's node")
     where = calibrate.add_mutually_exclusive_group()
     where.add_argument("--broker", default="127.0.0.1:1883", metavar="HOST:PORT", help="default: %(default)s")
@@ -142,10 +171,45 @@ def parser() -> argparse.ArgumentParser:
         ("cool-s", 0.0, "watch it cool for so long"),
     ):
         calibrate.add_argument(f"--{name}", type=float, default=default, help=f"{help} (default: %(default)s)")
+    calibrate.add_argument(
+        "--power-model",
+        action="store_true",
+        help="fit watts to busy cores instead, for like boards that have no power sensor",
+    )
+    calibrate.add_argument(
+        "--level-s",
+        type=float,
+        default=20.0,
+        help="of --power-model: seconds at each of six loads (default: %(default)s)",
+    )
     calibrate.add_argument("--branches", type=_positive, default=2, help="of the network (default: %(default)s)")
-    calibrate.add_argument("--output", type=Path, metavar="FILE", help="write a TOML fragment for a scenario")
+    calibrate.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="write a TOML fragment for a scenario, or for an agent's configuration",
+    )
     calibrate.add_argument("--bundle", type=Path, help="of a simulated board (default: the reference model)")
     calibrate.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+
+    plan = command("plan", "who would hold which expert, the expected latency, and what binds", _plan)
+    plan.add_argument("bundle", type=Path, nargs="?", help="bundle (default: the reference model)")
+    plan.add_argument("--nodes", default="4", metavar="N|FILE", help="equal nodes, or a TOML file (default: 4)")
+    plan.add_argument("--memory", type=float, metavar="MB", help="per node for experts, resident (with --nodes N)")
+    plan.add_argument("--policy", choices=PLACEMENTS, default="budgeted", help="default: %(default)s")
+    plan.add_argument("--seed", type=int, default=0, help="of routing sets and of random (default: %(default)s)")
+
+    study = commands.add_parser("study", help="studies without boards: constellations, placement")
+    studies = study.add_subparsers(dest="kind", metavar="KIND", required=True)
+    xnet = command("space-xnet", "placements on 1056 satellites, beside the published figures", _study_xnet, studies)
+    xnet.add_argument("--slots", type=_positive, default=200, help="of one orbit (default: %(default)s)")
+    xnet.add_argument("--seeds", type=_positive, default=5, help="default: %(default)s")
+    gap = command("placement", "budgeted against the exact optimum; half of the nodes dark", _study_placement, studies)
+    gap.add_argument("--bundle", type=Path, help="bundle of the second part (default: the reference model)")
+    gap.add_argument("--instances", type=_positive, default=20, help="random small fleets (default: %(default)s)")
+    gap.add_argument("--seed", type=int, default=0, help="of the first instance (default: %(default)s)")
+    gap.add_argument("--nodes", type=_positive, default=8, help="of the second part (default: %(default)s)")
+    gap.add_argument("--limit-s", type=_positive, default=30, help="per exact programme (default: %(default)s)")
 
     benchmark = commands.add_parser("benchmark", help="measure speed, side by side, with spread")
     kinds = benchmark.add_subparsers(dest="kind", metavar="KIND", required=True)
@@ -175,6 +239,25 @@ def parser() -> argparse.ArgumentParser:
     decode.add_argument(
         "--trunk-threads", type=_positive, default=2, help="of the trunk beside agents (default: %(default)s)"
     )
+    select = command("selection", "microseconds per decision of every selection policy", _benchmark_selection, kinds)
+    select.add_argument("--decisions", type=_positive, default=400, help="counted ones (default: %(default)s)")
+    quality = command(
+        "quality", "perplexity against joules of every selection policy on held-out text", _benchmark_quality, kinds
+    )
+    quality.add_argument("--bundle", type=Path, help="bundle to run (default: the reference model)")
+    quality.add_argument("--text", type=Path, help="folder of .txt/.jsonl or one file (default: held-out text)")
+    quality.add_argument(
+        "--setting", choices=("runs", "fleet"), default="runs", help="what a run costs (default: %(default)s, 1 each)"
+    )
+    quality.add_argument(
+        "--limit-bytes", type=_positive, default=1500, help="scored of each domain (default: %(default)s)"
+    )
+    compression = command("compression", "bytes on the wire against perplexity", _benchmark_compression, kinds)
+    compression.add_argument("--bundle", type=Path, help="bundle to run (default: the reference model)")
+    compression.add_argument("--text", type=Path, help="folder of .txt/.jsonl or one file (default: held-out text)")
+    compression.add_argument("--precision", default="int8", help="precision of the experts (default: %(default)s)")
+    compression.add_argument("--draws", type=_positive, default=3, help="held-out texts (default: %(default)s)")
+    compression.add_argument("--threads", type=_positive, default=2, help="default: %(default)s")
     simulate = command("sim", "a constellation's physics for one orbit: seconds and memory", _benchmark_sim, kinds)
     simulate.add_argument("--satellites", type=_positive, default=10_000, help="default: %(default)s")
     simulate.add_argument("--step-s", type=float, default=10.0, help="default: %(default)s s, at most 10")
@@ -185,6 +268,8 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         help="auto takes numba where it is installed (extra sim-fast)",
     )
+    route = command("routing", "shards over paced links beside the contact plan (emulated)", _benchmark_routing, kinds)
+    route.add_argument("--rounds", type=_positive, default=5, help="counted transfers per link (default: %(default)s)")
     return root
 
 
@@ -198,7 +283,7 @@ def _scenario(name: str):
     try:
         from ground_station import scenario_demo
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise RuntimeError(
             f"--scenario needs {error.name}, which is not installed: pip install 'spacemoe-kit[sim]'"
         ) from None
     return scenario_demo.find(name)
@@ -210,7 +295,10 @@ def _demo(args: argparse.Namespace) -> int:
     from ground_station.sampling import Sampling
 
     if args.scenario and args.nodes:
-        raise ValueError("--nodes goes without --scenario: a scenario names its boards")
+        raise UsageError("--nodes goes without --scenario: a scenario names its boards")
+    _check_writable(args.ledger, "--ledger")
+    if args.keep is not None and args.keep.exists() and not args.keep.is_dir():
+        raise UsageError(f"{args.keep} is no folder: give another --keep DIR")
     options = demo.Options(
         bundle=_bundle(args),
         prompt=args.prompt,
@@ -219,6 +307,7 @@ def _demo(args: argparse.Namespace) -> int:
         precision=args.precision,
         replica=None if args.replica == "none" else args.replica,
         codec=args.codec,
+        bits_per_value=args.bits_per_value,
         policy=args.policy,
         temp_limit_c=args.temp_limit,
         nodes=args.nodes or 4,
@@ -233,7 +322,9 @@ def _demo(args: argparse.Namespace) -> int:
         result = demo.run(options, (lambda text: None) if quiet else demo.show)
     except FleetError as error:
         # the temporary folder that the text names is gone by now
-        raise error if args.keep is not None else FleetError(f"{error}; --keep DIR keeps the logs") from None
+        if args.keep is not None or isinstance(error, ValueError):  # what was asked for cannot be: there is no log
+            raise
+        raise FleetError(f"{error}; --keep DIR keeps the logs") from None
     print(json.dumps(result) if args.json else demo.report(result))
     return EXIT_OK if result["parity"] is None or result["parity"]["equal"] is not False else EXIT_CHECK
 
@@ -272,16 +363,15 @@ def _bundle_show(args: argparse.Namespace) -> int:
         print(json.dumps(facts))
         return EXIT_OK
     dims = manifest.dims
-    print(f"{manifest.name}: {manifest.family}, {manifest.licence}, made {manifest.created_at}")
-    print(
-        f"  {dims.layers} layers, hidden {dims.hidden}, {dims.experts} experts top-{dims.top_k}, vocabulary {dims.vocab}"
-    )
+    print(_wrapped(f"{manifest.name}: {manifest.family}, {manifest.licence}, made {manifest.created_at}"))
+    experts = f"{dims.experts} experts top-{dims.top_k}"
+    print(_wrapped(f"  {dims.layers} layers, hidden {dims.hidden}, {experts}, vocabulary {dims.vocab}"))
     print(f"  trunk {manifest.trunk_precision}: {facts['trunk_bytes'] / 1e6:.1f} MB")
     for precision, row in facts["precisions"].items():
         error = "" if row["mean_rel_error"] is None else f", mean error {row['mean_rel_error']:.3%} of fp32"
-        print(f"  {precision:8} {row['shards']} shards, {row['bytes'] / 1e6:.1f} MB{error}")
+        print(_wrapped(f"  {precision:8} {row['shards']} shards, {row['bytes'] / 1e6:.1f} MB{error}"))
     for what, text in manifest.recipe.items():
-        print(f"  {what}: {text}")
+        print(_wrapped(f"  {what}: {text}"))
     return EXIT_OK
 
 
@@ -340,16 +430,28 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _calibrate(args: argparse.Namespace) -> int:
     import contextlib
 
-    from ground_station import calibrate, calibrate_report, power_step
+    from ground_station import calibrate, calibrate_power, calibrate_report, power_fit, power_step
     from ground_station.broker import Broker
 
-    options = power_step.Options(
-        args.node, args.fleet, args.settle_s, args.window_s, args.drift, args.step_s, args.cool_s, args.branches
-    )
+    method = calibrate_power if args.power_model else calibrate
+    if args.power_model:
+        options = power_fit.Options(args.node, args.fleet, args.level_s)
+    else:
+        options = power_step.Options(
+            args.node, args.fleet, args.settle_s, args.window_s, args.drift, args.step_s, args.cool_s, args.branches
+        )
+    _check_writable(args.output, "--output")
     if args.dry_run:
-        steps = calibrate.plan(options)
-        unchecked = "nothing was sent; broker, node and profile were not checked"
-        print(json.dumps({"plan": steps, "note": unchecked}) if args.json else "\n".join([*steps, unchecked]))
+        from ground_station import calibrate_check
+
+        if args.simulated:
+            found = calibrate_check.simulated_board(args.simulated, _bundle(args))
+        else:
+            broker = Broker(Path(), "external", external=args.broker)
+            found = calibrate_check.node(args.node, args.fleet, broker.host, broker.port)
+        steps, note = method.plan(options), "this was a dry run: nothing was sent or started"
+        tree = {"found": found, "plan": steps, "note": note}
+        print(json.dumps(tree) if args.json else "\n".join(_wrapped(line) for line in (found, *steps, note)))
         return EXIT_OK
     if args.output is not None:
         calibrate_report.check_writable(args.output)
@@ -360,25 +462,62 @@ def _calibrate(args: argparse.Namespace) -> int:
         else:
             broker = Broker(Path(), "external", external=args.broker)
             host, port = broker.host, broker.port
-        result = calibrate.calibrate(options, host, port)
-    print(json.dumps(result) if args.json else calibrate_report.report(result), flush=True)
+        result = method.calibrate(options, host, port)
+    if args.power_model:
+        table = power_fit.fragment(result)
+        result["toml"], text = table, power_fit.report(result, table)
+    else:
+        table, text = calibrate_report.fragment(result), calibrate_report.report(result)
+    print(json.dumps(result) if args.json else text, flush=True)
     if args.output is not None:  # last: what was measured is not lost with a disk that is full by now
-        calibrate_report.write(args.output, calibrate_report.fragment(result))
+        calibrate_report.write(args.output, table)
+    return EXIT_OK
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from ground_station import plan, plan_fleet
+
+    if args.nodes.isascii() and args.nodes.isdigit():
+        if args.memory is None:
+            raise UsageError("--nodes N needs --memory MB: what each node has for experts")
+        fleet = plan_fleet.alike(int(args.nodes[:9]), args.memory)
+    elif args.memory is not None:
+        raise UsageError("--memory goes with --nodes N: a file of nodes names each one's memory_mb")
+    else:
+        fleet = plan_fleet.read(Path(args.nodes))
+    result = plan.plan(_bundle(args), fleet, args.policy, args.seed)
+    print(json.dumps(result) if args.json else "\n".join(map(_wrapped, plan.report(result).splitlines())))
+    return EXIT_OK
+
+
+def _study_xnet(args: argparse.Namespace) -> int:
+    from ground_station import study_space_xnet as study
+
+    result = study.run(study.Options(slots=args.slots, seeds=args.seeds))
+    print(json.dumps(result) if args.json else study.report(result))
+    return EXIT_OK
+
+
+def _study_placement(args: argparse.Namespace) -> int:
+    from ground_station import study_placement as study
+
+    result = study.run(_bundle(args), args.instances, args.seed, args.limit_s, args.nodes)
+    print(json.dumps(result) if args.json else study.report(result))
     return EXIT_OK
 
 
 def _benchmark_decode(args: argparse.Namespace) -> int:
     import contextlib
-    import tempfile
 
     from ground_station import benchmark
+    from ground_station.run_folder import run_folder
 
     with contextlib.ExitStack() as stack:
         if args.synthetic:
             from quantize.synthetic import synthetic
 
             hidden, intermediate, layers, experts, top_k = args.synthetic
-            bundle = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="spacemoe-synthetic-")))
+            bundle = stack.enter_context(run_folder("synthetic")) / "bundle"
             synthetic(
                 bundle,
                 hidden,
@@ -402,6 +541,7 @@ def _benchmark_decode(args: argparse.Namespace) -> int:
             args.threads,
             args.trunk_threads,
         )
+    result["unsteady"] = _unsteady(result)
     if args.json:
         print(json.dumps(result))
         return EXIT_OK
@@ -412,7 +552,7 @@ def _benchmark_decode(args: argparse.Namespace) -> int:
         f"ratio distributed / single {result['ratio']:.3f} (min {spread['min']:.3f}, max {spread['max']:.3f}, n {result['n']})"
     )
     print(f"control: one process / bare onnxruntime loop {result['control']:.3f}")
-    if spread["max"] > 1.3 * spread["min"]:
+    if result["unsteady"]:
         print(
             "unsteady: the rounds differ by more than 30 %, the machine was busy; close other programs and measure again"
         )
@@ -421,10 +561,43 @@ def _benchmark_decode(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _unsteady(result: dict) -> bool:
+    """Whether the rounds differ so much that the machine must have been busy."""
+    return result["spread"]["max"] > UNSTEADY * result["spread"]["min"]
+
+
+def _benchmark_selection(args: argparse.Namespace) -> int:
+    from ground_station import benchmark_selection
+
+    result = benchmark_selection.selection_times(args.decisions)
+    print(json.dumps(result) if args.json else benchmark_selection.table(result))
+    return EXIT_OK
+
+
+def _benchmark_quality(args: argparse.Namespace) -> int:
+    from ground_station import benchmark_quality, evaluate
+
+    bundle = _bundle(args)
+    texts = evaluate.domains(args.text or reference_bundle().parent / "heldout")
+    result = benchmark_quality.quality(bundle, texts, args.setting, args.limit_bytes)
+    print(json.dumps(result) if args.json else benchmark_quality.table_of(result))
+    return EXIT_OK
+
+
+def _benchmark_compression(args: argparse.Namespace) -> int:
+    from ground_station import benchmark_compression
+
+    text = args.text or reference_bundle().parent / "heldout"
+    result = benchmark_compression.compression(_bundle(args), text, args.precision, args.draws, args.threads)
+    print(json.dumps(result) if args.json else benchmark_compression.report(result))
+    return EXIT_OK
+
+
 def _benchmark_sim(args: argparse.Namespace) -> int:
     from firmware_sim import benchmark
 
     result = benchmark.as_dict(benchmark.sim(args.satellites, args.step_s, args.accelerator, args.rounds))
+    result["unsteady"] = _unsteady(result)
     if args.json:
         print(json.dumps(result))
         return EXIT_OK
@@ -435,9 +608,21 @@ def _benchmark_sim(args: argparse.Namespace) -> int:
         f"{result['cpu_s']:.2f} s of processor time, accelerator {result['accelerator']}"
     )
     print(f"memory: {result['peak_mb']:.0f} MB in all, {result['step_peak_mb']:.1f} MB of it for the satellites")
-    if spread["max"] > 1.3 * spread["min"]:
+    if result["unsteady"]:
         print("unsteady: the rounds differ by more than 30 %, the machine was busy; go by the processor time")
     return EXIT_OK
+
+
+def _benchmark_routing(args: argparse.Namespace) -> int:
+    from ground_station import benchmark_routing
+    from ground_station.run_folder import run_folder
+    from quantize.synthetic import synthetic
+
+    with run_folder("synthetic") as folder:  # shards large enough for 100 Mb/s
+        synthetic(folder / "bundle", 512, 512, 1, 2, 1, precision=("fp32", "int8", "int4"), vocab=256)
+        result = benchmark_routing.routing(folder / "bundle", args.rounds)
+    print(json.dumps(result) if args.json else benchmark_routing.report(result))
+    return EXIT_OK if result["holds"] else EXIT_CHECK
 
 
 class _Terminated(BaseException):
@@ -508,7 +693,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         # RuntimeError's and OSError's own text can span lines; users get one
         print(f"spacemoe: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_FAILED
+        return EXIT_USAGE if isinstance(error, ValueError) else EXIT_FAILED
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import dataclasses
 import errno
 import json
 import os
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Callable
 import numpy as np
 
 from firmware_sim.scenario import Scenario
-from ground_station import selection
+from ground_station import ledger, rates, selection
 from ground_station.broker import Broker
 from ground_station.control import Control
 from ground_station.decode import Decoder, TokenCost
@@ -29,17 +28,21 @@ from ground_station.dispatch import Table
 from ground_station.link import Link
 from ground_station.local import LocalExperts
 from ground_station.local_fleet import FleetError, LocalFleet, demo_boards
+from ground_station.local_wire import Importance, WiredExperts
 from ground_station.placement import round_robin
 from ground_station.remote import RemoteExperts
+from ground_station.run_folder import run_folder
 from ground_station.sampling import Sampling
+from ground_station.selection_world import PRECISIONS, Calibration, World
 from ground_station.text import Text
 from ground_station.trunk import ContextFull, Trunk
 from node_agent import compress, shard
 
 JOIN_TIMEOUT_S = 60.0
-# of the policy `budgeted`: a joule is free up to 20 K below the limit; 10 K below it costs a tenth of a token's gate mass
+# of policies that see prices: a run is free up to 20 K below the limit; 10 K below it must save 0.01 nat (a quarter of them do not)
 KNEE_BELOW_LIMIT_C = 20.0
-PRICE_HALF_WAY = 0.1
+PRICE_HALF_WAY = 0.01
+BLIND = ("topk", "random")  # policies that look at no state of the fleet: their choices need no recording
 BUSY_SHARE = 0.7  # load average per core before the start, above which speeds are said to be of a busy machine
 
 
@@ -54,6 +57,7 @@ class Options:
     precision: str = "int8"
     replica: str | None = "int4"
     codec: str = "q8"
+    bits_per_value: float | None = None
     policy: str = "topk"
     temp_limit_c: float = 85.0
     nodes: int = 4
@@ -117,6 +121,7 @@ def run(options: Options, show: Show) -> dict:
             f"ask for at most {max(0, manifest.dims.max_context - len(prompt_ids))}"
         )
     policy = _policy(options, manifest)
+    _allocator(options, manifest)  # a bundle without calibration is told now
     if options.ledger is not None:
         _write_ledger(options.ledger, [])  # a path that cannot be written is told now, not after the last token
     scenario = options.scenario
@@ -135,7 +140,7 @@ def run(options: Options, show: Show) -> dict:
     table = Table(holdings)
     names = set(table.nodes)
     with contextlib.ExitStack() as stack:
-        run_dir = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="spacemoe-demo-")))
+        run_dir = options.keep or stack.enter_context(run_folder("demo"))
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -152,15 +157,16 @@ def run(options: Options, show: Show) -> dict:
         show(f"{len(names)} simulated boards, each a stock node-agent process, load {len(holdings)} shards ...")
         _wait_for_nodes(names, link, control, fleet)
         show(" ready\n\n")
-        remote = RemoteExperts(link, table, options.codec)
+        remote = RemoteExperts(link, table, options.codec, allocator=_allocator(options, manifest))
         recorder = selection.Recorder(policy)
         decoder = Decoder(trunk, recorder, remote, manifest.eos_ids)
-        before = _energy_j(control, names)
+        ledger.wait_for_baselines(control, names)  # without it nothing could be told from idling
+        before = ledger.take(control, names)
         course = None if scenario is None else stack.enter_context(scenario_demo.Course(scenario, control, fleet))
         costs, logits = _stream(
-            decoder, options, prompt_ids, text, show, _price_updates(policy, options, table, control)
+            decoder, options, prompt_ids, text, show, _price_updates(decoder, options, manifest, table, control)
         )
-        after = _energy_j(control, names)
+        after = ledger.take(control, names)
         show("\n\n")
         if options.ledger is not None:
             _write_ledger(options.ledger, costs)
@@ -168,13 +174,14 @@ def run(options: Options, show: Show) -> dict:
         if options.parity:
             show("checking against one process with the same partition, codec and grouping ...\n")
             # prices moved with the temperatures of that moment: the reference repeats the choices
-            again = selection.Replay(recorder.choices) if options.policy == "budgeted" else _policy(options, manifest)
+            again = _policy(options, manifest) if options.policy in BLIND else selection.Replay(recorder.choices)
             parity = _parity(options, manifest, table, trunk, again, prompt_ids, costs, logits)
         states = control.snapshot()
         if not fleet.simulating:  # the sensor files stand still: what agents read there is not true any more
-            states, before = {}, dict.fromkeys(names)
+            states, before = {}, dict.fromkeys(names, ledger.Unknown("the board simulator has ended"))
             show("the board simulator has ended: temperatures, power and joules are unknown\n")
-        result = _ledger(options, text, costs, before, after, remote, table, states, parity, broker.kind)
+        energy = ledger.of(table.nodes, before, after)
+        result = _ledger(options, text, costs, energy, remote, table, states, parity, broker.kind)
         result["load_average"] = round(load_average, 2)
         result["cores"] = len(os.sched_getaffinity(0))
         if course is not None:
@@ -189,22 +196,21 @@ def run(options: Options, show: Show) -> dict:
 
 
 def _policy(options: Options, manifest: shard.Manifest) -> selection.Policy:
-    dims = manifest.dims
-    return selection.make(options.policy, manifest.routing, dims.top_k, dims.experts, options.sampling.seed)
+    dims, path = manifest.dims, options.bundle / "calibration.npz"
+    known = Calibration.load(path, manifest.moe_layers, dims.experts) if path.exists() else None
+    return selection.make(
+        options.policy, manifest.routing, dims.top_k, dims.experts, options.sampling.seed, calibration=known
+    )
+
+
+def _allocator(options: Options, manifest: shard.Manifest) -> rates.Allocator | None:
+    return rates.for_codec(options.codec, options.bundle, manifest, bits_per_value=options.bits_per_value)
 
 
 def _wait_for_nodes(names: set[str], link: Link, control: Control, fleet: LocalFleet) -> None:
     fleet.wait_joined(link, JOIN_TIMEOUT_S)
     if missing := control.wait_for(names, 10.0):
         raise FleetError(f"no birth certificate from {', '.join(sorted(missing))}: is the broker reachable?")
-
-
-def _energy_j(control: Control, names: set[str]) -> dict[str, float | None]:
-    """Cumulative joules of each node, sampled now (None where it has no power sensor or does not answer)."""
-    answered = {name for name in sorted(names) if control.command(name, "sample", 2.0).ok}
-    states = control.snapshot()
-    # what a silent node said earlier is not its energy now
-    return {name: _value(states, name, "energy_j") if name in answered else None for name in names}
 
 
 def _sample(states, node: str, name: str):
@@ -217,19 +223,24 @@ def _value(states, node: str, name: str) -> float | None:
     return None if state is None else state.value(name)
 
 
-def _price_updates(policy: selection.Policy, options: Options, table: Table, control: Control) -> Callable[[], None]:
-    """What is done between two tokens: for `budgeted`, prices follow the temperatures of the latest telemetry."""
-    if not isinstance(policy, selection.Budgeted):
+def _price_updates(
+    decoder: Decoder, options: Options, manifest: shard.Manifest, table: Table, control: Control
+) -> Callable[[], None]:
+    """What is done between two tokens: for policies that see the fleet, its state follows the latest telemetry."""
+    if options.policy in BLIND:
         return lambda: None
+    # no self-test was asked for joules: a run counts 1 on every node, in every precision
+    ones = np.ones((len(table.nodes), PRECISIONS))
+    world = World.of(table, manifest.dims.experts, ones, ones)
     limit_c, knee_c = options.temp_limit_c, options.temp_limit_c - KNEE_BELOW_LIMIT_C
 
     def update() -> None:
         states = control.snapshot()
-        prices = [
-            selection.price_from_headroom(_value(states, node, "temp_c"), limit_c, knee_c, PRICE_HALF_WAY)
-            for node in table.nodes
-        ]
-        policy.joule_price = selection.expert_prices(table.copies, prices, policy.experts)
+        temps = [_value(states, node, "temp_c") for node in table.nodes]
+        prices = [selection.price_from_headroom(temp, limit_c, knee_c, PRICE_HALF_WAY) for temp in temps]
+        decoder.world = world.changed(
+            joule_price=np.array(prices), temp_c=np.array([np.nan if temp is None else temp for temp in temps])
+        )
 
     return update
 
@@ -269,7 +280,11 @@ def _parity(
     """The same generation in this process. `equal` is None when the ladder was used: then there is nothing to compare."""
     rungs = sum(len(cost.rungs) for cost in costs)
     reference: list[np.ndarray] = []
-    experts = LocalExperts(options.bundle, manifest, table, options.codec)
+    allocator = _allocator(options, manifest)
+    if allocator is None:
+        experts = LocalExperts(options.bundle, manifest, table, options.codec)
+    else:
+        experts = WiredExperts(options.bundle, manifest, table, Importance(allocator))
     decoder = Decoder(trunk, policy, experts, manifest.eos_ids)
     tokens = [
         cost.token_id
@@ -301,16 +316,13 @@ def _write_ledger(path: Path, costs: list[TokenCost]) -> None:
         ) from None
 
 
-def _ledger(options, text, costs, before, after, remote, table, states, parity, broker_kind) -> dict:
+def _ledger(options, text, costs, energy: ledger.Ledger, remote, table, states, parity, broker_kind) -> dict:
     decode = costs[1:] or costs
     seconds = sum(cost.total_ms for cost in decode) / 1e3
-    joules = {
-        name: after[name] - before[name] if None not in (after.get(name), before.get(name)) else None
-        for name in table.nodes
-    }
-    known = [value for value in joules.values() if value is not None]
+    total = energy.total
     nodes = []
-    for name in table.nodes:
+    for name, spent in energy.nodes.items():
+        known = isinstance(spent, ledger.Spent)
         temp, power = _sample(states, name, "temp_c"), _sample(states, name, "power_w")
         nodes.append(
             {
@@ -318,11 +330,14 @@ def _ledger(options, text, costs, before, after, remote, table, states, parity, 
                 "served": remote.served[name],
                 "temp_c": _value(states, name, "temp_c"),
                 "power_w": _value(states, name, "power_w"),
-                "energy_j": None if joules[name] is None else round(joules[name], 3),
+                "energy_j": round(spent.joules.total, 3) if known else None,
+                "joules": spent.joules.tree() if known else None,
+                "joules_provenance": spent.provenance if known else None,
+                "joules_scope": spent.scope if known else None,
+                "joules_unknown": energy.unknown.get(name),
                 "provenance": power.provenance if power is not None else temp.provenance if temp is not None else None,
             }
         )
-    provenances = {node["provenance"] for node in nodes}
     return {
         "text": text.decode([cost.token_id for cost in costs]),
         "tokens": len(costs),
@@ -332,10 +347,13 @@ def _ledger(options, text, costs, before, after, remote, table, states, parity, 
             "sent": round(sum(cost.sent_bytes for cost in decode) / len(decode), 1),
             "received": round(sum(cost.received_bytes for cost in decode) / len(decode), 1),
         },
-        "joules_per_token": round(sum(known) / len(costs), 4) if len(known) == len(nodes) else None,
+        "joules_per_token": None if total is None else round(total.total / len(costs), 4),
+        "joules": None if total is None else total.tree(),
+        "joules_method": ledger.METHOD,
+        "joules_unknown": energy.unknown,
         "joules_scope": "what each board's meter meters (a Jetson's module, a Raspberry Pi's supply), summed over all nodes from just "
         "before the prompt to just after the last token, idle power included; per generated token",
-        "joules_provenance": provenances.pop() if len(provenances) == 1 else "mixed",
+        "joules_provenance": energy.provenance,
         "breakdown_ms": {
             part: round(sum(getattr(cost, f"{part}_ms") for cost in decode) / len(decode), 4)
             for part in ("total", "trunk", "select", "codec", "wire", "expert")
@@ -348,6 +366,8 @@ def _ledger(options, text, costs, before, after, remote, table, states, parity, 
         "codec": options.codec,
         "policy": options.policy,
         "seed": options.sampling.seed,
+        "temperature": options.sampling.temperature,
+        "top_p": options.sampling.top_p,
     }
 
 
@@ -355,12 +375,19 @@ def report(result: dict) -> str:
     """The ledger as text of at most 80 columns."""
     sent, received = result["bytes_per_token"]["sent"], result["bytes_per_token"]["received"]
     joules = result["joules_per_token"]
+    parts = result["joules"]
+    energy = [
+        f"{'joules unknown' if parts is None else 'joules'}: {name}: {reason}"
+        for name, reason in result["joules_unknown"].items()
+    ]
+    if parts is not None:
+        energy.append(f"{joules:.3f} J/token ({result['joules_provenance']}; boards, idle power included)")
+        if parts["compute"] is not None:
+            energy.append(f"{parts['total']:.2f} J: " + ", ".join(f"{kind} {parts[kind]:.2f}" for kind in ledger.KINDS))
     lines = [
         f"{result['tokens']} tokens, {result['tokens_per_s']:.1f} tokens/s, first after {result['ttft_s'] * 1e3:.0f} ms",
         f"{sent:.0f} bytes/token to the experts, {received:.0f} back ({result['codec']})",
-        f"{joules:.3f} J/token ({result['joules_provenance']}; boards, idle power included)"
-        if joules is not None
-        else "no power sensor: joules unknown",
+        *energy,
         "ms/token: " + ", ".join(f"{name} {value:.2f}" for name, value in result["breakdown_ms"].items()),
         "",
         f"{'node':16}{'served':>8}{'temp °C':>9}{'power W':>9}{'J':>8}  provenance",

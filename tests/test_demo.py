@@ -15,7 +15,7 @@ import pytest
 
 from ground_station import cli
 from ground_station.cli import reference_bundle
-from ground_station.demo import Wrapped
+from ground_station.demo import Wrapped, report
 from ground_station.selection import POLICIES
 from node_agent.compress import CODECS
 
@@ -28,6 +28,29 @@ def run(*arguments: str) -> dict:
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.strip().splitlines()) == 1
     return json.loads(done.stdout)
+
+
+def check_joules(result: dict) -> None:
+    """Four parts that add up, per node and over all; boards take 3 W and more, so idling is nearly all of it."""
+    assert result["joules_unknown"] == {} and "cumulative counters" in result["joules_method"]
+    kinds = ("compute", "radio", "idle", "telemetry")
+    for tree in (result["joules"], *(node["joules"] for node in result["nodes"])):
+        assert list(tree) == [*kinds, "total"]
+        assert sum(tree[kind] for kind in kinds) == pytest.approx(tree["total"], abs=1e-3)
+        assert tree["compute"] > 0 and tree["radio"] > 0 and tree["idle"] > 0.7 * tree["total"]
+    for kind in (*kinds, "total"):
+        each = [node["joules"][kind] for node in result["nodes"]]
+        assert sum(each) == pytest.approx(result["joules"][kind], abs=1e-3)
+    assert result["joules"]["total"] / result["tokens"] == pytest.approx(result["joules_per_token"], abs=1e-3)
+    for node in result["nodes"]:
+        assert node["joules"]["total"] == pytest.approx(node["energy_j"], abs=1e-3)
+        assert (node["joules_provenance"], node["joules_unknown"]) == ("simulated", None)
+        assert node["joules_scope"] == ("board" if "rpi5" in node["id"] else "module")
+    lines = report(result).splitlines()
+    assert f"{result['joules']['total']:.2f} J: compute {result['joules']['compute']:.2f}, radio" in lines[3]
+    # control: a node that is unknown makes the sum unknown, and the text says so
+    lame = result | {"joules": None, "joules_per_token": None, "joules_unknown": {"sat-1-rpi5": "no answer"}}
+    assert "joules unknown: sat-1-rpi5: no answer" in report(lame) and "J/token" not in report(lame)
 
 
 @pytest.mark.parametrize("broker", ["mosquitto", "embedded"])
@@ -44,6 +67,7 @@ def test_the_ledger_says_what_the_issue_asks_for(broker, request):
         assert node["served"] > 0 and 20 < node["temp_c"] < 100 and 1 < node["power_w"] < 30
         assert node["provenance"] == "simulated"
     assert result["ladder"] == {}
+    check_joules(result)
     assert result["parity"]["equal"] is True
     assert (result["parity"]["tokens_equal"], result["parity"]["max_logit_diff"]) == (64, 0)
     assert result["broker"] == broker

@@ -1,0 +1,301 @@
+"""Experiments: one scenario, one text, several selection policies side by side in mission time (`spacemoe experiment run FILE`).
+
+The file (TOML) names the scenario, the demand, what a run of an expert costs and how that was had, and the policies with their knobs.
+Every policy sees the same passages of held-out text in the same order, once per seed. Everything is simulated but the model, its text and
+what the costs say of themselves. Leaves out: the loop (experiment_orbit.py), the upper bound (experiment_bound.py), pictures.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomllib
+
+from firmware_sim.scenario import Scenario
+from ground_station import dispatch, evaluate, selection
+from ground_station.experiment_orbit import ADMISSIONS, Costs, Setting, Trace, play, surroundings
+from ground_station.experiment_text import PASSAGE_TOKENS, Rehearsal, passages
+from ground_station.placement import round_robin
+from ground_station.selection_world import PRECISIONS, Calibration
+from ground_station.text import Text
+from node_agent import frame, shard
+
+SHIPPED = Path(__file__).with_name("experiments")
+MAX_FILE_BYTES = 1 << 20
+MAX_SLOTS = 20_000
+MAX_POLICIES = 64
+MAX_SEEDS = 100
+LOOK_TOKENS = 8
+
+
+class ExperimentError(ValueError):
+    """An experiment cannot be run as it is written; the text names the entry and what to give."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A policy with its knobs, and what bounds its load (see experiment_orbit.play). `label`: its row in reports."""
+
+    label: str
+    policy: str
+    admission: str
+    knobs: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The whole file. costs: precision -> (joules, ms) of one row through one expert."""
+
+    name: str
+    scenario: str
+    slots: int
+    slot_s: float
+    tokens_per_s: float
+    coverage: float
+    kl_nats: float
+    contacts: bool
+    seeds: tuple[int, ...]
+    precisions: tuple[str, ...]
+    costs: dict[str, tuple[float, float]]
+    source: str
+    contenders: tuple[Contender, ...]
+
+
+def find(name: str) -> Experiment:
+    """An experiment by its file, or one that ships with the kit by its name.  Raises: ExperimentError."""
+    path = Path(name)
+    if "/" not in name and not name.endswith(".toml"):
+        path = SHIPPED / f"{name}.toml"
+        if not path.is_file():
+            names = ", ".join(sorted(each.stem for each in SHIPPED.glob("*.toml")))
+            raise ExperimentError(f"{name} is no file and no experiment of the kit; there are {names}")
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ExperimentError(f"{path} cannot be read ({error.strerror}); give an experiment file (TOML)") from None
+    if len(content) > MAX_FILE_BYTES:
+        raise ExperimentError(f"{path} is over the limit of {MAX_FILE_BYTES} bytes")
+    try:
+        tree = tomllib.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        raise ExperimentError(f"{path} is not TOML: {str(error)[:200]}; correct that line") from None
+    return parse(tree, str(path))
+
+
+def parse(tree: dict[str, Any], where: str = "experiment") -> Experiment:
+    """An experiment from a TOML tree.  Raises: ExperimentError."""
+    rest = dict(tree)
+
+    def take(
+        name: str, kind: type, low: float = 0, high: float = 0, default: Any = None, of: dict | None = None
+    ) -> Any:
+        value = (rest if of is None else of).pop(name, default)
+        if value is None:
+            raise ExperimentError(f"{where}: give {name}")
+        if kind is float:
+            good = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+        elif kind is int:
+            good = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+        elif kind is str:
+            good = isinstance(value, str) and 0 < len(value) <= 300
+        else:
+            good = isinstance(value, kind)
+        if not good:
+            want = (
+                f"{'a whole number' if kind is int else 'a number'} from {low:g} to {high:g}"
+                if kind in (int, float)
+                else f"a {kind.__name__}"
+            )
+            raise ExperimentError(f"{where}: {name} is {str(value)[:40]}; give {want}")
+        return float(value) if kind is float else value
+
+    costs_tree = dict(take("costs", dict))
+    source = take("source", str, of=costs_tree)
+    costs = {}
+    for precision, entry in costs_tree.items():
+        if precision not in frame.PRECISIONS or not isinstance(entry, dict):
+            raise ExperimentError(
+                f"{where}: [costs.{precision[:20]}] is no precision; use {', '.join(frame.PRECISIONS)}"
+            )
+        entry = dict(entry)
+        costs[precision] = take("joules", float, 1e-12, 1e6, of=entry), take("ms", float, 1e-6, 1e6, of=entry)
+        if entry:
+            raise ExperimentError(f"{where}: [costs.{precision}] {min(entry)[:40]} is unknown; use joules, ms")
+    precisions = tuple(take("precisions", list))
+    if not precisions or not set(precisions) <= set(costs) or len(set(precisions)) != len(precisions):
+        raise ExperimentError(
+            f"{where}: precisions names {str(list(precisions))[:60]}; give different ones, each with its [costs.*]"
+        )
+    contenders = []
+    for index, entry in enumerate(take("policy", list)):
+        at = f"{where}: [[policy]] {index + 1}"
+        if not isinstance(entry, dict):
+            raise ExperimentError(f"{at} is no table; write [[policy]]")
+        knobs = dict(entry)
+        name = take("name", str, of=knobs)
+        admission = take("admission", str, default="cap", of=knobs)
+        label = take("label", str, default=name, of=knobs)
+        if name not in selection.POLICIES:
+            raise ExperimentError(f"{at}: {name[:40]} is unknown; use {', '.join(selection.POLICIES)}")
+        if admission not in ADMISSIONS:
+            raise ExperimentError(f"{at}: admission {admission[:40]} is unknown; use {', '.join(ADMISSIONS)}")
+        if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in knobs.values()):
+            raise ExperimentError(f"{at}: a knob is no number")
+        contenders.append(Contender(label, name, admission, knobs))
+    if not 1 <= len(contenders) <= MAX_POLICIES or len({each.label for each in contenders}) != len(contenders):
+        raise ExperimentError(f"{where}: give 1 to {MAX_POLICIES} tables [[policy]], each with its own label")
+    seeds = tuple(take("seeds", list, default=[0]))
+    if not 1 <= len(seeds) <= MAX_SEEDS or not all(isinstance(seed, int) and 0 <= seed < 2**32 for seed in seeds):
+        raise ExperimentError(f"{where}: seeds are 1 to {MAX_SEEDS} whole numbers of at least 0")
+    found = Experiment(
+        take("name", str),
+        take("scenario", str),
+        take("slots", int, 1, MAX_SLOTS),
+        take("slot_s", float, 1, 60),
+        take("tokens_per_s", float, 1e-6, 1e9),
+        take("coverage", float, 0, 1, 0.5),
+        take("kl_nats", float, 0, 100, 0.1),
+        take("contacts", bool, default=False),
+        seeds,
+        precisions,
+        costs,
+        source,
+        tuple(contenders),
+    )
+    if rest:
+        raise ExperimentError(f"{where}: {min(rest)[:40]} is unknown; see the experiments of the kit")
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One contender with one seed."""
+
+    contender: Contender
+    seed: int
+    trace: Trace
+    wall_s: float
+
+
+def setting_of(experiment: Experiment, scenario: Scenario) -> Setting:
+    """What the loop needs of the file."""
+    joules, ms = np.zeros(PRECISIONS), np.zeros(PRECISIONS)
+    for precision, (each_j, each_ms) in experiment.costs.items():
+        joules[frame.PRECISION_ID[precision]], ms[frame.PRECISION_ID[precision]] = each_j, each_ms
+    return Setting(
+        scenario,
+        Costs(joules, ms, experiment.source),
+        experiment.slots,
+        experiment.slot_s,
+        experiment.tokens_per_s,
+        experiment.coverage,
+        experiment.kl_nats,
+        experiment.contacts,
+    )
+
+
+def run(
+    experiment: Experiment, scenario: Scenario, bundle: Path, progress: Callable[[str], None] = lambda text: None
+) -> tuple[Run, ...]:
+    """Every contender with every seed.  Raises: ExperimentError, shard.BundleError, ValueError of the scenario's physics."""
+    manifest = shard.read_manifest(bundle)
+    missing = [name for name in experiment.precisions if name not in manifest.precisions]
+    if missing:
+        raise ExperimentError(
+            f"bundle {manifest.name} has no {missing[0]} shards: it holds {', '.join(manifest.precisions)}"
+        )
+    start = manifest.bos_id if manifest.bos_id is not None else next(iter(manifest.eos_ids), None)
+    if start is None:
+        raise ExperimentError(f"{bundle} names no begin- or end-of-text token: cannot start a text")
+    first, *replicas = experiment.precisions
+    names = {board.node: board.memory_mb * 1_000_000 for board in scenario.boards}
+    table = dispatch.Table(round_robin(manifest, names, first, tuple(replicas)))
+    if table.nodes != [board.node for board in scenario.boards]:
+        raise ExperimentError(
+            "the scenario's boards are not in the order of their names, or one holds no expert; correct that"
+        )
+    calibration = Calibration.load(bundle / "calibration.npz", manifest.moe_layers, manifest.dims.experts)
+    documents = [text for texts in evaluate.domains(bundle.parent / "heldout").values() for text in texts]
+    setting = setting_of(experiment, scenario)
+    around = surroundings(setting)
+    tokens = min(experiment.slots * setting.looks * LOOK_TOKENS, MAX_TEXT_TOKENS)
+    runs = []
+    for seed in experiment.seeds:
+        texts = passages(Text(bundle, manifest), documents, start, tokens, np.random.default_rng(seed))
+        rehearsal = Rehearsal(bundle, manifest, table, texts, LOOK_TOKENS)
+        for contender in experiment.contenders:
+            progress(f"{contender.label}, seed {seed}")
+            knobs = {"coverage": experiment.coverage} | contender.knobs
+            try:
+                policy = selection.make(
+                    contender.policy,
+                    manifest.routing,
+                    manifest.dims.top_k,
+                    manifest.dims.experts,
+                    seed,
+                    calibration=calibration,
+                    **knobs,
+                )
+            except (TypeError, ValueError) as error:
+                raise ExperimentError(f"policy {contender.label}: {error}; correct its knobs") from None
+            began = time.perf_counter()
+            trace = play(setting, around, rehearsal, policy, contender.admission)
+            runs.append(Run(contender, seed, trace, time.perf_counter() - began))
+    return tuple(runs)
+
+
+MAX_TEXT_TOKENS = 64 * PASSAGE_TOKENS  # of one seed; after its end the text is read again
+
+
+def summary(experiment: Experiment, scenario: Scenario, runs: tuple[Run, ...]) -> dict:
+    """For JSON: a row per contender, each figure as its mean and standard deviation over the seeds."""
+    rows = []
+    for contender in experiment.contenders:
+        figures = [_figures(experiment, scenario, each.trace) for each in runs if each.contender is contender]
+        row: dict[str, Any] = {"label": contender.label, "policy": contender.policy, "admission": contender.admission}
+        for key in figures[0]:
+            values = [each[key] for each in figures]
+            spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            row[key] = {"mean": round(float(np.mean(values)), 6), "sd": spread if spread is None else round(spread, 6)}
+        rows.append(row)
+    return {
+        "experiment": experiment.name,
+        "scenario": scenario.name,
+        "provenance": "simulated",
+        "costs": {"source": experiment.source}
+        | {name: {"joules": joules, "ms": ms} for name, (joules, ms) in experiment.costs.items()},
+        "mission_s": experiment.slots * experiment.slot_s,
+        "demand_tokens": experiment.slots * experiment.slot_s * experiment.tokens_per_s,
+        "useful": f"coverage at least {experiment.coverage:g} in every layer and divergence at most {experiment.kl_nats:g} nats",
+        "limit_c": scenario.payload.limit_c,
+        "n": len(experiment.seeds),
+        "policies": rows,
+    }
+
+
+def _figures(experiment: Experiment, scenario: Scenario, trace: Trace) -> dict[str, float]:
+    """Sums and extremes of one run. perplexity_ratio: to the unconstrained model on the same tokens, weighted by what was served."""
+    tokens = trace.tokens.sum()
+    joules = (trace.power_w - scenario.payload.idle_w).sum() * experiment.slot_s
+    weight = trace.tokens / max(tokens, 1e-12)
+    return {
+        "tokens": float(tokens),
+        "useful_tokens": float(trace.useful.sum()),
+        "perplexity_ratio": math.exp(float(weight @ trace.nats)),
+        "kl_nats": float(weight @ trace.kl),
+        "joules_per_token": float(joules / max(tokens, 1e-12)),
+        "joules": float(joules),
+        "over_limit_s": float(trace.over_s.max()),
+        "hottest_c": float(trace.temp_c.max()),
+        "lowest_soc": float(trace.soc.min()),
+        "final_soc": float(trace.soc[-1].min()),
+        "least_coverage": float(trace.coverage.min()),
+        "lost_capacity_ppm": float(1e6 * (scenario.power.start_capacity_share - trace.capacity_share.min())),
+    }
