@@ -199,6 +199,14 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--policy", choices=PLACEMENTS, default="budgeted", help="default: %(default)s")
     plan.add_argument("--seed", type=int, default=0, help="of routing sets and of random (default: %(default)s)")
 
+    experiment = commands.add_parser("experiment", help="selection policies side by side on one scenario")
+    experiments = experiment.add_subparsers(dest="kind", metavar="KIND", required=True)
+    played = command("run", "play a scenario with each policy, in mission time", _experiment_run, experiments)
+    played.add_argument("file", help="experiment file (TOML), or the name of one of the kit, such as hot-eclipse")
+    played.add_argument("--bundle", type=Path, help="bundle (default: the reference model)")
+    played.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="instead of the file's")
+    played.add_argument("--slots", type=_positive, help="instead of the file's")
+    played.add_argument("--only", nargs="+", metavar="LABEL", help="only these of the file's policies")
     study = commands.add_parser("study", help="studies without boards: constellations, placement")
     studies = study.add_subparsers(dest="kind", metavar="KIND", required=True)
     xnet = command("space-xnet", "placements on 1056 satellites, beside the published figures", _study_xnet, studies)
@@ -487,6 +495,15 @@ def _plan(args: argparse.Namespace) -> int:
         fleet = plan_fleet.read(Path(args.nodes))
     result = plan.plan(_bundle(args), fleet, args.policy, args.seed)
     print(json.dumps(result) if args.json else "\n".join(map(_wrapped, plan.report(result).splitlines())))
+    return EXIT_OK
+
+
+def _experiment_run(args: argparse.Namespace) -> int:
+    from ground_station import experiment, experiment_report
+
+    chosen = experiment.find(args.file).narrowed(args.seeds, args.slots, args.only)
+    result = experiment_report.run(chosen, _scenario(chosen.scenario), _bundle(args))
+    print(json.dumps(result) if args.json else experiment_report.text(result))
     return EXIT_OK
 
 

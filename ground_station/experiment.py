@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ MAX_SLOTS = 20_000
 MAX_POLICIES = 64
 MAX_SEEDS = 100
 LOOK_TOKENS = 8
+MAX_TEXT_TOKENS = 64 * PASSAGE_TOKENS  # of one seed; after its end the text is read again
 
 
 class ExperimentError(ValueError):
@@ -65,6 +66,25 @@ class Experiment:
     costs: dict[str, tuple[float, float]]
     source: str
     contenders: tuple[Contender, ...]
+
+    def narrowed(self, seeds: list[int] | None, slots: int | None, only: list[str] | None) -> Experiment:
+        """With other seeds, fewer slots, only some contenders (by label); None: as it is.  Raises: ExperimentError."""
+        chosen = tuple(each for each in self.contenders if only is None or each.label in only)
+        if only is not None and len(chosen) != len(set(only)):
+            labels = ", ".join(repr(each.label) for each in self.contenders)
+            raise ExperimentError(
+                f"not every one of {', '.join(only)[:100]} is a policy of the experiment; there are {labels}"
+            )
+        seeds = self.seeds if seeds is None else tuple(_seeds(seeds, "--seeds"))
+        if slots is not None and slots > MAX_SLOTS:
+            raise ExperimentError(f"--slots {slots} is over the limit of {MAX_SLOTS}")
+        return replace(self, contenders=chosen, seeds=seeds, slots=slots or self.slots)
+
+
+def _seeds(values: list, where: str) -> list[int]:
+    if not 1 <= len(values) <= MAX_SEEDS or not all(isinstance(seed, int) and 0 <= seed < 2**32 for seed in values):
+        raise ExperimentError(f"{where}: seeds are 1 to {MAX_SEEDS} whole numbers of at least 0")
+    return values
 
 
 def find(name: str) -> Experiment:
@@ -151,9 +171,7 @@ def parse(tree: dict[str, Any], where: str = "experiment") -> Experiment:
         contenders.append(Contender(label, name, admission, knobs))
     if not 1 <= len(contenders) <= MAX_POLICIES or len({each.label for each in contenders}) != len(contenders):
         raise ExperimentError(f"{where}: give 1 to {MAX_POLICIES} tables [[policy]], each with its own label")
-    seeds = tuple(take("seeds", list, default=[0]))
-    if not 1 <= len(seeds) <= MAX_SEEDS or not all(isinstance(seed, int) and 0 <= seed < 2**32 for seed in seeds):
-        raise ExperimentError(f"{where}: seeds are 1 to {MAX_SEEDS} whole numbers of at least 0")
+    seeds = tuple(_seeds(take("seeds", list, default=[0]), where))
     found = Experiment(
         take("name", str),
         take("scenario", str),
@@ -249,53 +267,3 @@ def run(
             trace = play(setting, around, rehearsal, policy, contender.admission)
             runs.append(Run(contender, seed, trace, time.perf_counter() - began))
     return tuple(runs)
-
-
-MAX_TEXT_TOKENS = 64 * PASSAGE_TOKENS  # of one seed; after its end the text is read again
-
-
-def summary(experiment: Experiment, scenario: Scenario, runs: tuple[Run, ...]) -> dict:
-    """For JSON: a row per contender, each figure as its mean and standard deviation over the seeds."""
-    rows = []
-    for contender in experiment.contenders:
-        figures = [_figures(experiment, scenario, each.trace) for each in runs if each.contender is contender]
-        row: dict[str, Any] = {"label": contender.label, "policy": contender.policy, "admission": contender.admission}
-        for key in figures[0]:
-            values = [each[key] for each in figures]
-            spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
-            row[key] = {"mean": round(float(np.mean(values)), 6), "sd": spread if spread is None else round(spread, 6)}
-        rows.append(row)
-    return {
-        "experiment": experiment.name,
-        "scenario": scenario.name,
-        "provenance": "simulated",
-        "costs": {"source": experiment.source}
-        | {name: {"joules": joules, "ms": ms} for name, (joules, ms) in experiment.costs.items()},
-        "mission_s": experiment.slots * experiment.slot_s,
-        "demand_tokens": experiment.slots * experiment.slot_s * experiment.tokens_per_s,
-        "useful": f"coverage at least {experiment.coverage:g} in every layer and divergence at most {experiment.kl_nats:g} nats",
-        "limit_c": scenario.payload.limit_c,
-        "n": len(experiment.seeds),
-        "policies": rows,
-    }
-
-
-def _figures(experiment: Experiment, scenario: Scenario, trace: Trace) -> dict[str, float]:
-    """Sums and extremes of one run. perplexity_ratio: to the unconstrained model on the same tokens, weighted by what was served."""
-    tokens = trace.tokens.sum()
-    joules = (trace.power_w - scenario.payload.idle_w).sum() * experiment.slot_s
-    weight = trace.tokens / max(tokens, 1e-12)
-    return {
-        "tokens": float(tokens),
-        "useful_tokens": float(trace.useful.sum()),
-        "perplexity_ratio": math.exp(float(weight @ trace.nats)),
-        "kl_nats": float(weight @ trace.kl),
-        "joules_per_token": float(joules / max(tokens, 1e-12)),
-        "joules": float(joules),
-        "over_limit_s": float(trace.over_s.max()),
-        "hottest_c": float(trace.temp_c.max()),
-        "lowest_soc": float(trace.soc.min()),
-        "final_soc": float(trace.soc[-1].min()),
-        "least_coverage": float(trace.coverage.min()),
-        "lost_capacity_ppm": float(1e6 * (scenario.power.start_capacity_share - trace.capacity_share.min())),
-    }

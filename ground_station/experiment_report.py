@@ -1,0 +1,110 @@
+"""What an experiment came to: a row per policy with means and spreads, as JSON and as text.
+
+Leaves out: pictures and traces over time.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from firmware_sim.scenario import Scenario
+from ground_station import experiment as experiments
+from ground_station.experiment import Experiment, Run
+from ground_station.experiment_orbit import Trace
+
+
+def run(experiment: Experiment, scenario: Scenario, bundle: Path) -> dict:
+    """Plays the experiment, with a progress bar on a terminal.  Raises: what experiment.run raises."""
+    from tqdm import tqdm
+
+    total = len(experiment.seeds) * len(experiment.contenders)
+    with tqdm(total=total, unit="run", disable=None if sys.stderr is not None else True, leave=False) as bar:
+
+        def show(text: str) -> None:
+            bar.set_description(text)
+            bar.update(bar.n < show.begun)
+            show.begun += 1
+
+        show.begun = 0
+        runs = experiments.run(experiment, scenario, bundle, show)
+    return summary(experiment, scenario, runs)
+
+
+def summary(experiment: Experiment, scenario: Scenario, runs: tuple[Run, ...]) -> dict:
+    """For JSON: a row per contender, each figure as its mean and standard deviation over the seeds."""
+    rows = []
+    for contender in experiment.contenders:
+        figures = [_figures(experiment, scenario, each.trace) for each in runs if each.contender is contender]
+        row: dict[str, Any] = {"label": contender.label, "policy": contender.policy, "admission": contender.admission}
+        for key in figures[0]:
+            values = [each[key] for each in figures]
+            spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            row[key] = {"mean": round(float(np.mean(values)), 6), "sd": spread if spread is None else round(spread, 6)}
+        rows.append(row)
+    return {
+        "experiment": experiment.name,
+        "scenario": scenario.name,
+        "provenance": "simulated",
+        "costs": {"source": experiment.source}
+        | {name: {"joules": joules, "ms": ms} for name, (joules, ms) in experiment.costs.items()},
+        "mission_s": experiment.slots * experiment.slot_s,
+        "demand_tokens": experiment.slots * experiment.slot_s * experiment.tokens_per_s,
+        "useful": f"coverage at least {experiment.coverage:g} in every layer and divergence at most {experiment.kl_nats:g} nats",
+        "limit_c": scenario.payload.limit_c,
+        "n": len(experiment.seeds),
+        "policies": rows,
+    }
+
+
+def _figures(experiment: Experiment, scenario: Scenario, trace: Trace) -> dict[str, float]:
+    """Sums and extremes of one run. perplexity_ratio: to the unconstrained model on the same tokens, weighted by what was served."""
+    tokens = trace.tokens.sum()
+    joules = (trace.power_w - scenario.payload.idle_w).sum() * experiment.slot_s
+    weight = trace.tokens / max(tokens, 1e-12)
+    return {
+        "tokens": float(tokens),
+        "useful_tokens": float(trace.useful.sum()),
+        "perplexity_ratio": math.exp(float(weight @ trace.nats)),
+        "kl_nats": float(weight @ trace.kl),
+        "joules_per_token": float(joules / max(tokens, 1e-12)),
+        "joules": float(joules),
+        "over_limit_s": float(trace.over_s.max()),
+        "hottest_c": float(trace.temp_c.max()),
+        "lowest_soc": float(trace.soc.min()),
+        "final_soc": float(trace.soc[-1].min()),
+        "least_coverage": float(trace.coverage.min()),
+        "lost_capacity_ppm": float(1e6 * (scenario.power.start_capacity_share - trace.capacity_share.min())),
+    }
+
+
+COLUMNS = (
+    ("useful_tokens", "useful", "{:9.0f}"),
+    ("perplexity_ratio", "ppl ratio", "{:9.4f}"),
+    ("joules_per_token", "J/token", "{:9.5f}"),
+    ("over_limit_s", "over s", "{:7.0f}"),
+    ("hottest_c", "hottest", "{:7.1f}"),
+    ("lowest_soc", "soc", "{:6.3f}"),
+)
+
+
+def text(result: dict) -> str:
+    """A table of the means, at most 100 columns wide, and what the figures are."""
+    width = max(len(row["label"]) for row in result["policies"])
+    widths = [len(form.format(0)) for _, _, form in COLUMNS]
+    lines = [" " * width + "".join(f" {name:>{size}}" for (_, name, _), size in zip(COLUMNS, widths))]
+    for row in result["policies"]:
+        lines.append(
+            f"{row['label']:{width}}" + "".join(" " + form.format(row[key]["mean"]) for key, _, form in COLUMNS)
+        )
+    lines += [
+        f"{result['experiment']}: {result['mission_s']:g} s of mission time, demand {result['demand_tokens']:g} tokens, "
+        f"limit {result['limit_c']:g} degC, means of n = {result['n']}; all simulated but the model and its text",
+        f"useful: {result['useful']}; ppl ratio: to the unconstrained model on the same tokens; J over idle",
+        f"costs: {result['costs']['source']}",
+    ]
+    return "\n".join(lines)
