@@ -82,7 +82,9 @@ class Experiment:
 
 
 def _seeds(values: list, where: str) -> list[int]:
-    if not 1 <= len(values) <= MAX_SEEDS or not all(isinstance(seed, int) and 0 <= seed < 2**32 for seed in values):
+    if not 1 <= len(values) <= MAX_SEEDS or not all(
+        isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**32 for seed in values
+    ):
         raise ExperimentError(f"{where}: seeds are 1 to {MAX_SEEDS} whole numbers of at least 0")
     return values
 
@@ -149,7 +151,12 @@ def parse(tree: dict[str, Any], where: str = "experiment") -> Experiment:
         if entry:
             raise ExperimentError(f"{where}: [costs.{precision}] {min(entry)[:40]} is unknown; use joules, ms")
     precisions = tuple(take("precisions", list))
-    if not precisions or not set(precisions) <= set(costs) or len(set(precisions)) != len(precisions):
+    if (
+        not precisions
+        or not all(isinstance(each, str) for each in precisions)
+        or not set(precisions) <= set(costs)
+        or len(set(precisions)) != len(precisions)
+    ):
         raise ExperimentError(
             f"{where}: precisions names {str(list(precisions))[:60]}; give different ones, each with its [costs.*]"
         )

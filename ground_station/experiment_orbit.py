@@ -168,6 +168,7 @@ def play(
     bounds, queues, playing = limits(setting, around, token_j), Queues.empty(n), rehearsal.play(policy)
     trace = _empty(s, n)
     throttled = np.zeros(n, bool)
+    runs: np.ndarray | None = None
     nowhere, unknown = np.zeros(n), np.full(n, np.nan)
     seen = Observation(
         state.temp_c, around.avionics_c[0], unknown, 1 - satellite.soc(satellites, state), nowhere, nowhere
@@ -187,7 +188,7 @@ def play(
             queues = selection_prices.update(queues, seen, dt_s / setting.looks, bounds)
         batch = joined(parts)
         tokens = len(batch.kl)
-        runs = batch.runs / tokens if slot == 0 else runs + SMOOTHING * (batch.runs / tokens - runs)
+        runs = batch.runs / tokens if runs is None else runs + SMOOTHING * (batch.runs / tokens - runs)
         each_j, each_s = runs @ costs.joules, runs @ costs.ms / 1000
         if admission == "cap":
             allowed_j, allowed_s = (heat_w - payload.idle_w) * dt_s, np.full(n, dt_s)

@@ -86,7 +86,7 @@ class Rehearsal:
                 f"{batch_tokens} tokens per batch do not divide a passage of {PASSAGE_TOKENS}: use 16, 32 or 64"
             )
         self.manifest, self.table, self.batch_tokens = manifest, table, batch_tokens
-        self._texts = texts
+        self.texts = texts
         self._trunk = Trunk(root, manifest, threads)
         best = next(name for name in ("fp32", "int8", "int4") if name in manifest.precisions)
         whole = dispatch.Table(round_robin(manifest, {"whole": 2**62}, best))
@@ -107,13 +107,11 @@ class Rehearsal:
 
     @property
     def batches(self) -> int:
-        return len(self._texts) * (PASSAGE_TOKENS // self.batch_tokens)
+        return len(self.texts) * (PASSAGE_TOKENS // self.batch_tokens)
 
     def unconstrained_nats(self) -> np.ndarray:
         """[tokens with a next one]: of the unconstrained model, over all passages."""
-        return np.concatenate(
-            [-log_p[np.arange(len(ids) - 1), ids[1:]] for ids, log_p in zip(self._texts, self._log_p)]
-        )
+        return np.concatenate([-log_p[np.arange(len(ids) - 1), ids[1:]] for ids, log_p in zip(self.texts, self._log_p)])
 
     def play(self, policy: Policy) -> Playing:
         """A policy at the beginning of the text."""
@@ -135,7 +133,7 @@ class Playing:
         self._index += 1
         if part == 0 or self._sequence is None:
             self._sequence = r._trunk.sequence(PASSAGE_TOKENS)
-        ids = r._texts[passage]
+        ids = r.texts[passage]
         start = part * size
         runs = np.zeros((len(r.table.nodes), PRECISIONS))
         visits = np.zeros(len(r.table.nodes))

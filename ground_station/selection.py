@@ -105,8 +105,10 @@ def make(
 ) -> Policy:
     """A policy by its name; `knobs` are fields of its class. Without `calibration` all experts count as alike.
 
-    Raises: ValueError that lists the names.
+    Raises: ValueError that lists the names, or names a knob's value that cannot be; TypeError for a knob that the policy does not have.
     """
+    if knobs and name in ("topk", "random"):
+        raise TypeError(f"{name} has no knob {min(knobs)}")
     if name == "topk":
         return TopK(rule, top_k)
     if name == "random":
