@@ -17,6 +17,7 @@ import ctypes
 import getpass
 import logging
 import os
+import random
 import shutil
 import signal
 import socket
@@ -31,6 +32,7 @@ from typing import Literal
 from node_agent import wire
 
 LOOPBACK = "127.0.0.1"
+PORTS = range(20_000, 32_000)  # below what Linux takes for outgoing connections (ip_local_port_range)
 # Room for the largest control message with its topic and properties.
 MAX_PACKET_BYTES = wire.MAX_MESSAGE_BYTES + 64 * 1024
 MAX_CLIENTS = 1000
@@ -117,7 +119,16 @@ def accepts_mqtt5(host: str, port: int, timeout_s: float = 1.0) -> bool:
         return False
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A free port that outgoing connections do not use: while a broker is away, one of them could take its port (or, dialling it
+    again and again from that very port, connect to itself), and it could not come back."""
+    for port in random.sample(PORTS, 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind((LOOPBACK, port))
+            except OSError:
+                continue
+            return port
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return probe.getsockname()[1]
@@ -170,7 +181,7 @@ class Broker:
             return self
         if self.running:
             return self
-        self.port = self.port or _free_port()
+        self.port = self.port or free_port()
         self._refuse_taken_port()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -64,8 +64,8 @@ PHYSICS = (
     "firmware_sim.tle",
     "firmware_sim.wear",
 )
-# The umbrella command is where the rooms are put together.
-COMPOSITION_ROOTS = ("ground_station.cli",)
+# The sub-commands of the umbrella command are where the rooms are put together.
+COMPOSITION_ROOTS = ("ground_station.cli_benchmark", "ground_station.cli_models")
 # Training, the uncut export and parity need torch; nothing else may.
 TORCH_ROOM = "quantize.reference"
 HEAVY = ("torch", "transformers", "optimum", "onnx")

@@ -13,7 +13,7 @@ import time
 import psutil
 import pytest
 
-from ground_station import cli
+from ground_station import cli_shared
 from ground_station.cli import reference_bundle
 from ground_station.demo import Wrapped, report
 from ground_station.selection import POLICIES
@@ -131,7 +131,7 @@ def test_text_is_wrapped_at_spaces_and_nothing_is_lost():
 
 
 def test_the_choices_of_the_command_line_are_those_of_the_libraries():
-    assert cli.CODECS == tuple(CODECS) and cli.POLICIES == POLICIES
+    assert cli_shared.CODECS == tuple(CODECS) and cli_shared.POLICIES == POLICIES
 
 
 def test_a_clone_has_its_reference_bundle():

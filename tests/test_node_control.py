@@ -20,7 +20,7 @@ from node_rig import HIDDEN, WAIT_S, AgentProcess, Ground, Observer, agent_table
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from ground_station.broker import Broker, find_mosquitto
+from ground_station.broker import Broker, find_mosquitto, free_port
 from node_agent import config, frame, shard, wire
 from node_agent.births import BirthCounter
 from node_agent.control import Control
@@ -230,9 +230,7 @@ def test_broker_restart_experts_go_on_and_the_node_is_born_again(rig):
 
 
 def test_without_a_broker_experts_are_served(bundle, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with Ground() as ground:
         tables = agent_tables(tmp_path, ground.endpoint, bundle)
         tables["broker"] = {"host": "127.0.0.1", "port": port}
@@ -328,9 +326,7 @@ def tls_port(authority, tmp_path):
     program = find_mosquitto()
     if program is None:
         lacking("mosquitto", "apt-get install mosquitto")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     (tmp_path / "mosquitto.conf").write_text(
         f"listener {port} 127.0.0.1\nallow_anonymous true\nrequire_certificate true\nuser root\n"
         f"cafile {authority}/ca.crt\ncertfile {authority}/server.crt\nkeyfile {authority}/server.key\n"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import socket
 import struct
 import time
 
@@ -13,6 +12,7 @@ import pytest
 import zmq
 from node_rig import HIDDEN, Ground, make_bundle
 
+from ground_station.broker import free_port
 from node_agent import compress, dataplane, experts, frame
 from node_agent.config import LinkConfig
 from node_agent.counters import Counters
@@ -268,9 +268,7 @@ def test_node_serves_again_when_the_ground_station_restarts(bundle):
 
 
 def test_a_ground_station_that_comes_late_hears_one_hello(bundle):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     endpoint = f"tcp://127.0.0.1:{port}"
     node = Node(bundle, LinkConfig(endpoint))
     with node.plane:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ground_station import cli, placement_exact, study_placement
+from ground_station import cli_shared, placement_exact, study_placement
 from ground_station import placement_baselines as baselines
 from ground_station import placement_problem as pp
 from ground_station.placement import PlacementError
@@ -238,7 +238,7 @@ def test_every_policy_keeps_memory_and_says_when_nothing_fits(name):
 
 
 def test_the_commands_choices_are_the_policies():
-    assert cli.PLACEMENTS == POLICIES
+    assert cli_shared.PLACEMENTS == POLICIES
 
 
 def test_unknown_policy_lists_the_names():

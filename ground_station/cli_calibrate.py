@@ -1,0 +1,99 @@
+"""`spacemoe calibrate`: its arguments, and the calls that fit a board's thermal network or its power model.
+
+Leaves out: the fits (calibrate.py, calibrate_power.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from ground_station.cli_shared import EXIT_OK, bundle_of, check_writable, positive, wrapped
+
+
+def add(commands, command) -> None:
+    """Declares them in `commands`, the group of sub-commands; command(name, help, run, group) makes one with --json."""
+    calibrate = command(
+        "calibrate", "fit a board's Foster network, or its power model, to loads that it is given", _calibrate
+    )
+    calibrate.add_argument("node", metavar="NODE", help="id of the board's node")
+    where = calibrate.add_mutually_exclusive_group()
+    where.add_argument("--broker", default="127.0.0.1:1883", metavar="HOST:PORT", help="default: %(default)s")
+    where.add_argument("--simulated", metavar="PROFILE", help="try it on a simulated board of this profile")
+    calibrate.add_argument("--fleet", default="demo", help="default: %(default)s")
+    for name, default, help in (
+        ("settle-s", 1800.0, "idle so long at most before the step"),
+        ("window-s", 120.0, "of the drift's measurement"),
+        ("drift", 0.2, "K/min: a board that drifts less is at rest"),
+        ("step-s", 1200.0, "the step's seconds"),
+        ("cool-s", 0.0, "watch it cool for so long"),
+    ):
+        calibrate.add_argument(f"--{name}", type=float, default=default, help=f"{help} (default: %(default)s)")
+    calibrate.add_argument(
+        "--power-model",
+        action="store_true",
+        help="fit watts to busy cores instead, for like boards that have no power sensor",
+    )
+    calibrate.add_argument(
+        "--level-s",
+        type=float,
+        default=20.0,
+        help="of --power-model: seconds at each of six loads (default: %(default)s)",
+    )
+    calibrate.add_argument("--branches", type=positive, default=2, help="of the network (default: %(default)s)")
+    calibrate.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="write a TOML fragment for a scenario, or for an agent's configuration",
+    )
+    calibrate.add_argument("--bundle", type=Path, help="of a simulated board (default: the reference model)")
+    calibrate.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    import contextlib
+
+    from ground_station import calibrate, calibrate_power, calibrate_report, power_fit, power_step
+    from ground_station.broker import Broker
+
+    method = calibrate_power if args.power_model else calibrate
+    if args.power_model:
+        options = power_fit.Options(args.node, args.fleet, args.level_s)
+    else:
+        options = power_step.Options(
+            args.node, args.fleet, args.settle_s, args.window_s, args.drift, args.step_s, args.cool_s, args.branches
+        )
+    check_writable(args.output, "--output")
+    if args.dry_run:
+        from ground_station import calibrate_check
+
+        if args.simulated:
+            found = calibrate_check.simulated_board(args.simulated, bundle_of(args))
+        else:
+            broker = Broker(Path(), "external", external=args.broker)
+            found = calibrate_check.node(args.node, args.fleet, broker.host, broker.port)
+        steps, note = method.plan(options), "this was a dry run: nothing was sent or started"
+        tree = {"found": found, "plan": steps, "note": note}
+        print(json.dumps(tree) if args.json else "\n".join(wrapped(line) for line in (found, *steps, note)))
+        return EXIT_OK
+    if args.output is not None:
+        calibrate_report.check_writable(args.output)
+    with contextlib.ExitStack() as stack:
+        if args.simulated:
+            source = calibrate.simulated(args.simulated, args.node, bundle_of(args), args.fleet)
+            host, port = stack.enter_context(source)
+        else:
+            broker = Broker(Path(), "external", external=args.broker)
+            host, port = broker.host, broker.port
+        result = method.calibrate(options, host, port)
+    if args.power_model:
+        table = power_fit.fragment(result)
+        result["toml"], text = table, power_fit.report(result, table)
+    else:
+        table, text = calibrate_report.fragment(result), calibrate_report.report(result)
+    print(json.dumps(result) if args.json else text, flush=True)
+    if args.output is not None:  # last: what was measured is not lost with a disk that is full by now
+        calibrate_report.write(args.output, table)
+    return EXIT_OK

@@ -1,0 +1,99 @@
+"""`spacemoe plan`, `experiment` and `study`: decisions worked out without boards.
+
+Leaves out: the decisions (plan.py, experiment.py, the study_*.py modules).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from ground_station.cli_shared import EXIT_OK, PLACEMENTS, UsageError, bundle_of, positive, scenario_of, wrapped
+
+
+def add(commands, command) -> None:
+    """Declares them in `commands`, the group of sub-commands; command(name, help, run, group) makes one with --json."""
+    plan = command("plan", "who would hold which expert, the expected latency, and what binds", _plan)
+    plan.add_argument("bundle", type=Path, nargs="?", help="bundle (default: the reference model)")
+    plan.add_argument("--nodes", default="4", metavar="N|FILE", help="equal nodes, or a TOML file (default: 4)")
+    plan.add_argument("--memory", type=float, metavar="MB", help="per node for experts, resident (with --nodes N)")
+    plan.add_argument("--policy", choices=PLACEMENTS, default="budgeted", help="default: %(default)s")
+    plan.add_argument("--seed", type=int, default=0, help="of routing sets and of random (default: %(default)s)")
+
+    experiment = commands.add_parser("experiment", help="selection policies side by side on one scenario")
+    experiments = experiment.add_subparsers(dest="kind", metavar="KIND", required=True)
+    played = command("run", "play a scenario with each policy, in mission time", _experiment_run, experiments)
+    played.add_argument("file", help="experiment file (TOML), or the name of one of the kit, such as hot-eclipse")
+    played.add_argument("--bundle", type=Path, help="bundle (default: the reference model)")
+    played.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="instead of the file's")
+    played.add_argument("--slots", type=positive, help="instead of the file's")
+    played.add_argument("--only", nargs="+", metavar="LABEL", help="only these of the file's policies")
+    study = commands.add_parser("study", help="studies without boards: constellations, placement")
+    studies = study.add_subparsers(dest="kind", metavar="KIND", required=True)
+    xnet = command("space-xnet", "placements on 1056 satellites, beside the published figures", _study_xnet, studies)
+    xnet.add_argument("--slots", type=positive, default=200, help="of one orbit (default: %(default)s)")
+    xnet.add_argument("--seeds", type=positive, default=5, help="default: %(default)s")
+    dark = command(
+        "coverage", "perplexity as nodes go out of contact, at 1.25 copies of memory", _study_coverage, studies
+    )
+    dark.add_argument("--bundle", type=Path, help="bundle (default: the reference model)")
+    dark.add_argument("--nodes", type=positive, default=8, help="in a ring (default: %(default)s)")
+    dark.add_argument("--tokens", type=positive, default=2048, help="of held-out text (default: %(default)s)")
+    dark.add_argument("--draws", type=positive, default=12, help="random subsets of nodes (default: %(default)s)")
+    dark.add_argument("--seed", type=int, default=0, help="of text and draws (default: %(default)s)")
+    gap = command("placement", "budgeted against the exact optimum; half of the nodes dark", _study_placement, studies)
+    gap.add_argument("--bundle", type=Path, help="bundle of the second part (default: the reference model)")
+    gap.add_argument("--instances", type=positive, default=20, help="random small fleets (default: %(default)s)")
+    gap.add_argument("--seed", type=int, default=0, help="of the first instance (default: %(default)s)")
+    gap.add_argument("--nodes", type=positive, default=8, help="of the second part (default: %(default)s)")
+    gap.add_argument("--limit-s", type=positive, default=30, help="per exact programme (default: %(default)s)")
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from ground_station import plan, plan_fleet
+
+    if args.nodes.isascii() and args.nodes.isdigit():
+        if args.memory is None:
+            raise UsageError("--nodes N needs --memory MB: what each node has for experts")
+        fleet = plan_fleet.alike(int(args.nodes[:9]), args.memory)
+    elif args.memory is not None:
+        raise UsageError("--memory goes with --nodes N: a file of nodes names each one's memory_mb")
+    else:
+        fleet = plan_fleet.read(Path(args.nodes))
+    result = plan.plan(bundle_of(args), fleet, args.policy, args.seed)
+    print(json.dumps(result) if args.json else "\n".join(map(wrapped, plan.report(result).splitlines())))
+    return EXIT_OK
+
+
+def _experiment_run(args: argparse.Namespace) -> int:
+    from ground_station import experiment, experiment_report
+
+    chosen = experiment.find(args.file).narrowed(args.seeds, args.slots, args.only)
+    result = experiment_report.run(chosen, scenario_of(chosen.scenario), bundle_of(args))
+    print(json.dumps(result) if args.json else experiment_report.text(result))
+    return EXIT_OK
+
+
+def _study_xnet(args: argparse.Namespace) -> int:
+    from ground_station import study_space_xnet as study
+
+    result = study.run(study.Options(slots=args.slots, seeds=args.seeds))
+    print(json.dumps(result) if args.json else study.report(result))
+    return EXIT_OK
+
+
+def _study_coverage(args: argparse.Namespace) -> int:
+    from ground_station import study_coverage as study
+
+    result = study.run(bundle_of(args), args.nodes, args.tokens, args.draws, args.seed)
+    print(json.dumps(result) if args.json else study.report(result))
+    return EXIT_OK
+
+
+def _study_placement(args: argparse.Namespace) -> int:
+    from ground_station import study_placement as study
+
+    result = study.run(bundle_of(args), args.instances, args.seed, args.limit_s, args.nodes)
+    print(json.dumps(result) if args.json else study.report(result))
+    return EXIT_OK

@@ -1,0 +1,137 @@
+"""`spacemoe quantize`, `bundle` and `evaluate`: make a bundle of expert shards, look into it, measure it on text.
+
+Leaves out: the work (the quantize room, node_agent.shard, evaluate.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from ground_station.cli_shared import EXIT_CHECK, EXIT_OK, bundle_of, positive, reference_bundle, wrapped
+
+
+def add(commands, command) -> None:
+    """Declares them in `commands`, the group of sub-commands; command(name, help, run, group) makes one with --json."""
+    quantize = commands.add_parser("quantize", help="write a bundle of expert shards from a Hugging Face folder")
+    quantize.set_defaults(run=_quantize)
+    # its arguments live in the quantize room; they are added only when this sub-command is used
+    if len(sys.argv) > 1 and sys.argv[1] == "quantize":
+        from quantize import command as quantize_command
+
+        quantize_command.add_arguments(quantize)
+
+    bundle = commands.add_parser("bundle", help="look into a bundle, or check every file of it")
+    parts = bundle.add_subparsers(dest="part", metavar="PART", required=True)
+    for name, help in (("show", "what a bundle holds"), ("verify", "check size and sha256 of every file")):
+        part = command(name, help, _bundle_show if name == "show" else _bundle_verify, parts)
+        part.add_argument("bundle", type=Path, nargs="?", help="bundle (default: the reference model)")
+
+    evaluate = command("evaluate", "bits per byte and perplexity of a bundle on held-out text", _evaluate)
+    evaluate.add_argument("bundle", type=Path, nargs="?", help="bundle (default: the reference model)")
+    evaluate.add_argument(
+        "--text", type=Path, help="folder of .txt/.jsonl or one file (default: reference held-out text)"
+    )
+    evaluate.add_argument("--precision", default="all", help="comma-separated, or all that the bundle has")
+    evaluate.add_argument("--limit-bytes", type=positive, help="use only that much text of each domain")
+    evaluate.add_argument("--threads", type=positive, default=2)
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from quantize import command as quantize_command
+
+    return quantize_command.run(args)
+
+
+def _bundle_show(args: argparse.Namespace) -> int:
+    from node_agent import shard
+
+    manifest = shard.read_manifest(bundle_of(args))
+    facts = {
+        "name": manifest.name,
+        "family": manifest.family,
+        "base_model": manifest.base_model,
+        "licence": manifest.licence,
+        "dims": vars(manifest.dims),
+        "trunk_precision": manifest.trunk_precision,
+        "trunk_bytes": sum(item.bytes for segment in manifest.segments for item in segment.files),
+        "precisions": {},
+        "recipe": manifest.recipe,
+        "created_at": manifest.created_at,
+    }
+    for precision in manifest.precisions:
+        shards = [entry for entry in manifest.shards if entry.precision == precision]
+        errors = [entry.rel_error for entry in shards if entry.rel_error is not None]
+        facts["precisions"][precision] = {
+            "shards": len(shards),
+            "bytes": sum(entry.bytes for entry in shards),
+            "mean_rel_error": round(sum(errors) / len(errors), 5) if errors else None,
+        }
+    if args.json:
+        print(json.dumps(facts))
+        return EXIT_OK
+    dims = manifest.dims
+    print(wrapped(f"{manifest.name}: {manifest.family}, {manifest.licence}, made {manifest.created_at}"))
+    experts = f"{dims.experts} experts top-{dims.top_k}"
+    print(wrapped(f"  {dims.layers} layers, hidden {dims.hidden}, {experts}, vocabulary {dims.vocab}"))
+    print(f"  trunk {manifest.trunk_precision}: {facts['trunk_bytes'] / 1e6:.1f} MB")
+    for precision, row in facts["precisions"].items():
+        error = "" if row["mean_rel_error"] is None else f", mean error {row['mean_rel_error']:.3%} of fp32"
+        print(wrapped(f"  {precision:8} {row['shards']} shards, {row['bytes'] / 1e6:.1f} MB{error}"))
+    for what, text in manifest.recipe.items():
+        print(wrapped(f"  {what}: {text}"))
+    return EXIT_OK
+
+
+def _bundle_verify(args: argparse.Namespace) -> int:
+    from node_agent import shard
+
+    root = bundle_of(args)
+    manifest = shard.read_manifest(root)
+    entries = [
+        *manifest.files,
+        *(f for s in manifest.segments for f in s.files),
+        *(f for s in manifest.shards for f in s.files),
+    ]
+    problems = []
+    for entry in entries:
+        try:
+            shard.verify_file(root, entry)
+        except shard.BundleError as error:
+            problems.append(str(error))
+    if args.json:
+        print(json.dumps({"files": len(entries), "bytes": sum(e.bytes for e in entries), "problems": problems}))
+    else:
+        for problem in problems:
+            print(problem)
+        print(f"{len(entries) - len(problems)} of {len(entries)} files are as the manifest says")
+    return EXIT_CHECK if problems else EXIT_OK
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from ground_station import evaluate
+    from node_agent import shard
+
+    root = bundle_of(args)
+    manifest = shard.read_manifest(root)
+    texts = evaluate.domains(args.text or reference_bundle().parent / "heldout")
+    wanted = manifest.precisions if args.precision == "all" else tuple(args.precision.split(","))
+    results = {
+        name: evaluate.summary(evaluate.evaluate(root, name, texts, args.threads, args.limit_bytes)) for name in wanted
+    }
+    if "fp32" in results:
+        for row in results.values():
+            row["perplexity_ratio_to_fp32"] = round(row["perplexity"] / results["fp32"]["perplexity"], 5)
+    if args.json:
+        print(json.dumps(results))
+        return EXIT_OK
+    print(f"{'bits per byte':18}" + "".join(f"{name:>10}" for name in results))
+    for domain in texts:
+        print(f"{domain:18}" + "".join(f"{row['domains'][domain]:10.3f}" for row in results.values()))
+    print(f"{'mean':18}" + "".join(f"{row['mean_bits_per_byte']:10.3f}" for row in results.values()))
+    print(f"{'perplexity':18}" + "".join(f"{row['perplexity']:10.3f}" for row in results.values()))
+    if "fp32" in results:
+        print(f"{'  to fp32':18}" + "".join(f"{row['perplexity_ratio_to_fp32']:10.4f}" for row in results.values()))
+    return EXIT_OK
