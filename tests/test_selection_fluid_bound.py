@@ -100,7 +100,7 @@ def test_an_ambient_that_rises_leaves_less_room_in_that_slot():
 def test_a_long_orbit_is_compared_on_longer_slots_that_hold_the_same():
     sun = np.where(np.arange(SLOTS) < 9, 14.0, 0.0)
     one = node(array_w=sun, capacity_j=9000.0, start_j=4000.0, final_j=4000.0, limit_c=60.0)
-    coarse = fluid_bound._resampled(one, 7)
+    coarse = fluid_bound.resampled(one, 7)
     assert coarse.array_w.sum() / 7 == pytest.approx(sun.sum() / SLOTS)
     assert coarse.link_bytes.sum() == pytest.approx(one.link_bytes.sum())
     result = bound((one, one), (ONE,), SLOT_S, most_checked=7)
