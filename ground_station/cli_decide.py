@@ -28,6 +28,7 @@ def add(commands, command) -> None:
     played.add_argument("--bundle", type=Path, help="bundle (default: the reference model)")
     played.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="instead of the file's")
     played.add_argument("--slots", type=positive, help="instead of the file's")
+    played.add_argument("--no-bound", action="store_true", help="leave out the upper bound (a linear programme)")
     played.add_argument("--only", nargs="+", metavar="LABEL", help="only these of the file's policies")
     study = commands.add_parser("study", help="studies without boards: constellations, placement")
     studies = study.add_subparsers(dest="kind", metavar="KIND", required=True)
@@ -70,7 +71,7 @@ def _experiment_run(args: argparse.Namespace) -> int:
     from ground_station import experiment, experiment_report
 
     chosen = experiment.find(args.file).narrowed(args.seeds, args.slots, args.only)
-    result = experiment_report.run(chosen, scenario_of(chosen.scenario), bundle_of(args))
+    result = experiment_report.run(chosen, scenario_of(chosen.scenario), bundle_of(args), not args.no_bound)
     print(json.dumps(result) if args.json else experiment_report.text(result))
     return EXIT_OK
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ import numpy as np
 
 from firmware_sim.scenario import Scenario
 from ground_station import experiment as experiments
+from ground_station import experiment_bound
 from ground_station.experiment import Experiment, Run
-from ground_station.experiment_orbit import Trace
+from ground_station.experiment_orbit import Trace, surroundings
+
+POINT_SLOTS = 20
+"""Slots of which a point of the bound is the mean: some hundred tokens. Of a slot's few, the luckiest would be a bound of luck."""
 
 
-def run(experiment: Experiment, scenario: Scenario, bundle: Path) -> dict:
+def run(experiment: Experiment, scenario: Scenario, bundle: Path, with_bound: bool = True) -> dict:
     """Plays the experiment, with a progress bar on a terminal.  Raises: what experiment.run raises."""
     from tqdm import tqdm
 
@@ -32,7 +37,37 @@ def run(experiment: Experiment, scenario: Scenario, bundle: Path) -> dict:
 
         show.begun = 0
         runs = experiments.run(experiment, scenario, bundle, show)
-    return summary(experiment, scenario, runs)
+    result = summary(experiment, scenario, runs)
+    return result | {"bound": bound(experiment, scenario, runs, result["policies"]) if with_bound else None}
+
+
+def bound(experiment: Experiment, scenario: Scenario, runs: tuple[Run, ...], rows: list[dict]) -> dict:
+    """The most useful tokens that the mixes of these very runs allow (experiment_bound.py), and each row's share of it, which goes into the
+    row. Mixes: what each run spent and got in stretches of POINT_SLOTS slots. A row that passes the limit is not bounded: None.
+
+    Raises: fluid_bound.BoundError.
+    """
+    setting = experiments.setting_of(experiment, scenario)
+    kept = [each.trace for each in runs if not each.trace.over_s.any()]
+    if not kept:
+        return {"useful_tokens": None, "why": "every run passes the limit"}
+    points = [experiment_bound.points_of(trace, min(POINT_SLOTS, experiment.slots)) for trace in kept]
+    mixes = experiment_bound.mixes_of(np.concatenate([p[0] for p in points]), np.concatenate([p[1] for p in points]))
+    final_soc = min(float(trace.soc[-1].min()) for trace in kept)
+    found = experiment_bound.ceiling(setting, surroundings(setting), mixes, final_soc)
+    flown = experiment_bound.flown(setting, found)
+    for row in rows:
+        bounded = row["over_limit_s"]["mean"] == 0
+        row["share_of_bound"] = round(row["useful_tokens"]["mean"] / found.bound.worth, 4) if bounded else None
+    return {
+        "useful_tokens": round(found.bound.worth, 1),
+        "share_of_demand": round(found.useful_share, 4),
+        "mixes": len(mixes),
+        "slot_s": round(found.slot_s, 3),
+        "disagreement_of_two_formulations": found.bound.disagreement,
+        "too_kind_k": round(flown.over_k, 3),
+        "final_soc": round(final_soc, 4),
+    }
 
 
 def summary(experiment: Experiment, scenario: Scenario, runs: tuple[Run, ...]) -> dict:
@@ -82,6 +117,7 @@ def _figures(experiment: Experiment, scenario: Scenario, trace: Trace) -> dict[s
     }
 
 
+COLUMNS_WIDE = 100
 COLUMNS = (
     ("useful_tokens", "useful", "{:9.0f}"),
     ("perplexity_ratio", "ppl ratio", "{:9.4f}"),
@@ -96,15 +132,30 @@ def text(result: dict) -> str:
     """A table of the means, at most 100 columns wide, and what the figures are."""
     width = max(len(row["label"]) for row in result["policies"])
     widths = [len(form.format(0)) for _, _, form in COLUMNS]
-    lines = [" " * width + "".join(f" {name:>{size}}" for (_, name, _), size in zip(COLUMNS, widths))]
+    head = " " * width + "".join(f" {name:>{size}}" for (_, name, _), size in zip(COLUMNS, widths))
+    lines = [head + ("  of bound" if result["bound"] else "")]
     for row in result["policies"]:
-        lines.append(
-            f"{row['label']:{width}}" + "".join(" " + form.format(row[key]["mean"]) for key, _, form in COLUMNS)
-        )
-    lines += [
+        cells = "".join(" " + form.format(row[key]["mean"]) for key, _, form in COLUMNS)
+        lines.append(f"{row['label']:{width}}{cells}{_share(row)}")
+    notes = [
         f"{result['experiment']}: {result['mission_s']:g} s of mission time, demand {result['demand_tokens']:g} tokens, "
         f"limit {result['limit_c']:g} degC, means of n = {result['n']}; all simulated but the model and its text",
         f"useful: {result['useful']}; ppl ratio: to the unconstrained model on the same tokens; J over idle",
         f"costs: {result['costs']['source']}",
     ]
-    return "\n".join(lines)
+    if found := result["bound"]:
+        notes.append(f"bound: {found.get('why') or _bound_text(found)}")
+    return "\n".join([*lines, *(textwrap.fill(note, COLUMNS_WIDE) for note in notes)])
+
+
+def _share(row: dict) -> str:
+    if "share_of_bound" not in row:
+        return ""
+    return f" {row['share_of_bound']:9.1%}" if row["share_of_bound"] is not None else f" {'-':>9}"
+
+
+def _bound_text(found: dict) -> str:
+    return (
+        f"{found['useful_tokens']:.0f} useful tokens, {found['share_of_demand']:.1%} of the demand, by a plan that knows the orbit "
+        f"ahead and mixes what these runs did; its true heat is {found['too_kind_k']:+.2f} K from the limit"
+    )

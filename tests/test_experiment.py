@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 
 from firmware_sim.scenario_table import ScenarioError
-from ground_station import dispatch, evaluate, experiment, experiment_orbit, experiment_text, scenario_demo, selection
+from ground_station import (
+    dispatch,
+    evaluate,
+    experiment,
+    experiment_orbit,
+    experiment_report,
+    experiment_text,
+    scenario_demo,
+    selection,
+)
 from ground_station.experiment_report import summary
 from ground_station.placement import round_robin
 from ground_station.selection_world import Calibration, World
@@ -216,3 +225,21 @@ def test_summary_means_are_over_seeds(rehearsal, manifest, setting, scenario):
     (row,) = summary(found, scenario, runs)["policies"]
     assert row["tokens"]["mean"] == pytest.approx(0.75 * trace.tokens.sum())
     assert row["tokens"]["sd"] == pytest.approx(trace.tokens.sum() / 2 / np.sqrt(2), abs=1e-5)
+
+
+def test_the_bound_is_above_what_policies_reached_and_a_run_over_the_limit_has_no_share(scenario):
+    found = dataclasses.replace(
+        experiment.find("hot-eclipse").narrowed([0], 60, None), slot_s=20.0, tokens_per_s=400.0, coverage=0.5
+    )
+    chosen = dataclasses.replace(
+        found, contenders=tuple(c for c in found.contenders if "topk" in c.label or c.label == "des")
+    )
+    result = experiment_report.run(chosen, scenario, BUNDLE)
+    rows = {row["label"]: row for row in result["policies"]}
+    assert rows["topk, throttled by its firmware"]["share_of_bound"] is None
+    assert 0.2 < rows["topk"]["share_of_bound"] < rows["des"]["share_of_bound"] <= 1.0
+    bound = result["bound"]
+    assert bound["disagreement_of_two_formulations"] < 1e-6 and bound["too_kind_k"] < 0.5
+    assert rows["des"]["useful_tokens"]["mean"] <= bound["useful_tokens"] <= result["demand_tokens"]
+    text = experiment_report.text(result)
+    assert "of bound" in text and max(map(len, text.splitlines())) <= 110
