@@ -73,6 +73,10 @@ def add(commands, command) -> None:
     )
     route = command("routing", "shards over paced links beside the contact plan (emulated)", _benchmark_routing, kinds)
     route.add_argument("--rounds", type=positive, default=5, help="counted transfers per link (default: %(default)s)")
+    idle = command("agent", "processor time of idle agents: sampling, guard and telemetry", _benchmark_agent, kinds)
+    idle.add_argument("--bundle", type=Path, help="bundle (default: the reference model)")
+    idle.add_argument("--seconds", type=positive, default=10, help="of one window (default: %(default)s)")
+    idle.add_argument("--rounds", type=positive, default=3, help="windows (default: %(default)s)")
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -198,4 +202,12 @@ def _benchmark_routing(args: argparse.Namespace) -> int:
         synthetic(folder / "bundle", 512, 512, 1, 2, 1, precision=("fp32", "int8", "int4"), vocab=256)
         result = benchmark_routing.routing(folder / "bundle", args.rounds)
     print(json.dumps(result) if args.json else benchmark_routing.report(result))
+    return EXIT_OK if result["holds"] else EXIT_CHECK
+
+
+def _benchmark_agent(args: argparse.Namespace) -> int:
+    from ground_station import benchmark_agent
+
+    result = benchmark_agent.measure(bundle_of(args), args.seconds, args.rounds)
+    print(json.dumps(result) if args.json else benchmark_agent.report(result))
     return EXIT_OK if result["holds"] else EXIT_CHECK
