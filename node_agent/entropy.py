@@ -25,6 +25,7 @@ MAX_VALUES = 1 << 21  # a row of zeros is one byte: without a limit a small fram
 ADAPTIVE = 16_384  # symbols from which a code made for the stream pays for its header
 DEFAULT_STEP = 0.25  # of a row's RMS, where the caller gives none
 _CODES_PER_OCTAVE, _ZERO_CODE, _ROW_STEPS = 512, 32_768, 16
+_STREAM_BYTES = 1024  # of a class beside its symbols of at most 15 bits: its length and its code
 _U4 = struct.Struct("<I")
 _ROW_FACTOR = np.exp2(np.arange(_ROW_STEPS) / 3).astype(np.float32)
 
@@ -150,6 +151,9 @@ def decode(payload: memoryview, t: int, d: int) -> np.ndarray:
     """float32 [T, D].  Raises: EntropyError for a payload that is not of this shape, before anything large is allocated."""
     if t * d > MAX_VALUES:
         raise EntropyError(f"{t} rows of {d} values are over the limit of {MAX_VALUES}")
+    if len(payload) > 2 + t + 2 * t * d + len(CLASSES) * _STREAM_BYTES:
+        # deflate can say nothing in as many bytes as it likes: 60 MB of empty blocks took 3 s
+        raise EntropyError(f"{len(payload)} bytes are more than {t} rows of {d} values can take")
     if len(payload) < 2 + t:
         raise EntropyError(f"{len(payload)} bytes do not hold a step and {t} rows")
     rows = np.frombuffer(payload, np.uint8, t, 2)

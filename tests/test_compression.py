@@ -490,3 +490,13 @@ def test_the_benchmark_end_to_end_on_little_text(monkeypatch, tmp_path):
     assert max(map(len, benchmark_compression.report(result).splitlines())) <= 80
     with pytest.raises(evaluate.EvaluationError, match="fewer draws"):
         benchmark_compression.compression(BUNDLE, tmp_path, draws=500, threads=1)
+
+
+def test_a_payload_that_says_nothing_at_length_is_refused_at_once():
+    """60 MB of empty deflate blocks decoded for 3 s; the longest honest payload is far below the limit."""
+    x = np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)
+    for step in (1e-9, 1e-3, 0.1, 10.0):
+        data = entropy.encode(x, step)
+        assert np.isfinite(entropy.decode(memoryview(data), 64, 256)).all()
+    with pytest.raises(entropy.EntropyError, match="more than 1 rows of 64"):
+        entropy.decode(memoryview(bytes((0, 128, 15)) + b"\x00" * 20_000), 1, 64)
