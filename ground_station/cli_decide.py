@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 from ground_station.cli_shared import EXIT_OK, PLACEMENTS, UsageError, bundle_of, positive, scenario_of, wrapped
@@ -17,7 +18,7 @@ def add(commands, command) -> None:
     plan = command("plan", "who would hold which expert, the expected latency, and what binds", _plan)
     plan.add_argument("bundle", type=Path, nargs="?", help="bundle (default: the reference model)")
     plan.add_argument("--nodes", default="4", metavar="N|FILE", help="equal nodes, or a TOML file (default: 4)")
-    plan.add_argument("--memory", type=float, metavar="MB", help="per node for experts, resident (with --nodes N)")
+    plan.add_argument("--memory", type=float, metavar="MB", help="per node for experts (default: 1.25 copies in all)")
     plan.add_argument("--policy", choices=PLACEMENTS, default="budgeted", help="default: %(default)s")
     plan.add_argument("--seed", type=int, default=0, help="of routing sets and of random (default: %(default)s)")
 
@@ -53,17 +54,26 @@ def add(commands, command) -> None:
 
 def _plan(args: argparse.Namespace) -> int:
     from ground_station import plan, plan_fleet
+    from node_agent.shard import read_manifest
 
-    if args.nodes.isascii() and args.nodes.isdigit():
+    assumed = None
+    if re.fullmatch(r"[+-]?[0-9]+", args.nodes):
+        count = int(args.nodes[:9])
         if args.memory is None:
-            raise UsageError("--nodes N needs --memory MB: what each node has for experts")
-        fleet = plan_fleet.alike(int(args.nodes[:9]), args.memory)
+            fleet, assumed = plan_fleet.sharing(count, read_manifest(bundle_of(args)))
+        else:
+            fleet = plan_fleet.alike(count, args.memory)
     elif args.memory is not None:
         raise UsageError("--memory goes with --nodes N: a file of nodes names each one's memory_mb")
     else:
         fleet = plan_fleet.read(Path(args.nodes))
-    result = plan.plan(bundle_of(args), fleet, args.policy, args.seed)
-    print(json.dumps(result) if args.json else "\n".join(map(wrapped, plan.report(result).splitlines())))
+    result = plan.plan(bundle_of(args), fleet, args.policy, args.seed) | {"assumed": assumed}
+    if args.json:
+        print(json.dumps(result))
+        return EXIT_OK
+    lines = plan.report(result).splitlines()
+    table = len(result["nodes"]) + 1  # may be up to 100 columns; it would be no table in wrapped lines
+    print("\n".join([*([wrapped(assumed)] if assumed else []), *lines[:table], *map(wrapped, lines[table:])]))
     return EXIT_OK
 
 

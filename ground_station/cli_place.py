@@ -11,11 +11,24 @@ import json
 import sys
 from pathlib import Path
 
-from ground_station.cli_shared import EXIT_OK, PLACEMENTS, UsageError, bundle_of, check_writable, wrapped
+from ground_station.cli_shared import (
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_TERMINATED,
+    PLACEMENTS,
+    UsageError,
+    bundle_of,
+    check_writable,
+    wrapped,
+)
 
 LISTEN = "tcp://127.0.0.1:5571"
 KEY_CHARACTERS = 40  # Z85 of 32 bytes
 BAR = 24
+
+
+class CutShort(RuntimeError):
+    """A step failed; the text says how many are done and how to go on."""
 
 
 def add(commands, command) -> None:
@@ -78,8 +91,6 @@ def _place(args: argparse.Namespace) -> int:
     journal = before = None
     if facts["went_on"]:
         journal = before = carry_out.read_journal(path)
-        if journal.done == len(journal.steps):
-            raise UsageError(f"{path} is carried out: give another file, or go back by --undo")
     elif args.undo is not None:
         before = carry_out.read_journal(args.undo)
         journal = placement_live.way_back(before)
@@ -94,6 +105,8 @@ def _place(args: argparse.Namespace) -> int:
             fleet = fleet or placement_live.fleet_of(found, args.memory)
             plan = placement_live.planned(root, manifest, fleet, found, args.policy, args.seed)
             facts |= {"latency_ms": plan.latency_ms, "objective_ms": plan.objective_ms, "worth": plan.worth}
+            facts |= {"stays_ms": plan.stays_ms}
+            facts["planned_steps"] = len(plan.steps)
             wanted = plan.steps if plan.worth or args.force else ()
             journal = carry_out.Journal(manifest.name, wanted)
         else:
@@ -101,22 +114,66 @@ def _place(args: argparse.Namespace) -> int:
                 placement_live.births(control, sorted({step.node for step in journal.steps}), args.patience)
             # a list that others have moved shards under could drop the only copy of an expert
             remedy = "this is not what the journal left: plan again with another --journal"
+            if args.undo is not None and facts["went_on"]:
+                remedy = f"this is not what {path} left: where that is of an earlier way back, move it away"
             placement_live.confirm(control, placement_live.settled(before), placement_live.LOOK_S, remedy)
         rows = _rows(journal, manifest)
         facts |= {"steps": rows, "bytes": sum(row["bytes"] for row in rows), "dry_run": args.dry_run}
+        facts |= {"done": journal.done, "sent_bytes": 0, "had_bytes": 0}
         if not args.json:
-            print("\n".join(map(wrapped, _report(facts, journal, path))), flush=True)
+            print("\n".join(map(wrapped, _report(facts, journal, path, args.undo is not None))), flush=True)
         if not args.dry_run and journal.done < len(journal.steps):
-            show = (lambda now: None) if args.json or not sys.stderr.isatty() else _show
-            with placement_live.PatientDeliverer(args.listen, keys, args.patience) as deliverer:
-                journal, sent = carry_out.carry_out(journal, deliverer, root, manifest, path, show)
-            placement_live.confirm(control, journal.steps, args.patience, "see the nodes' logs, and plan again")
-            facts |= {"done": journal.done, "sent_bytes": sum(each.sent_bytes for each in sent)}
+            try:
+                done, sent = _carried_out(args, control, journal, root, keys, manifest, path)
+            except (carry_out.JournalError, placement_live.FleetNotReady):
+                raise  # before the first step, or after the last
+            except (ValueError, RuntimeError, OSError) as error:
+                kind = UsageError if isinstance(error, ValueError) else CutShort
+                raise kind(f"{error}; {_how_far(path, journal)}") from error
+            except BaseException as stop:  # Ctrl-C, SIGTERM, SIGHUP: the sockets are closed by now
+                if isinstance(stop, Exception):
+                    raise  # a bug shows its traceback
+                word, code = "terminated", EXIT_TERMINATED
+                if isinstance(stop, KeyboardInterrupt):
+                    word, code = "interrupted", EXIT_INTERRUPTED
+                bar = "\n" if sys.stderr.isatty() else ""
+                print(f"{bar}{word}: {_how_far(path, journal)}", file=sys.stderr)
+                return code
+            had_bytes = sum(each.had_bytes for each in sent)
+            facts |= {"done": done, "sent_bytes": sum(each.sent_bytes for each in sent), "had_bytes": had_bytes}
             if not args.json:
-                print(wrapped(f"done: {facts['sent_bytes'] / 1e6:.2f} MB sent, the nodes' births say the same"))
+                there = f"{had_bytes / 1e6:.2f} MB was on the nodes' disks already"
+                print(
+                    wrapped(f"done: {facts['sent_bytes'] / 1e6:.2f} MB sent, {there}; the nodes' births say the same")
+                )
     if args.json:
         print(json.dumps(facts))
     return EXIT_OK
+
+
+def _carried_out(args: argparse.Namespace, control, journal, root: Path, keys, manifest, path: Path):
+    """(steps done, what was sent), once every node that a step needs has dialled in, and the births say that it is so."""
+    from ground_station import carry_out, placement_live
+
+    show = (lambda now: None) if args.json or not sys.stderr.isatty() else _show
+    with placement_live.PatientDeliverer(args.listen, keys, args.patience) as deliverer:
+        deliverer.reach(step.node for step in journal.steps[journal.done :])
+        journal, sent = carry_out.carry_out(journal, deliverer, root, manifest, path, show)
+    placement_live.confirm(control, journal.steps, args.patience, "see the nodes' logs, and plan again")
+    return journal.done, sent
+
+
+def _how_far(path: Path, begun) -> str:
+    """How many steps are done by the journal on the disk, and how to go on and back."""
+    from ground_station import carry_out
+
+    if not path.exists():  # it is written before the first step
+        return f"0 of {len(begun.steps)} steps are done: give the same command again"
+    now = carry_out.read_journal(path)
+    return (
+        f"{now.done} of {len(now.steps)} steps are done: the same command goes on, "
+        f"`spacemoe place ... --undo {path}` goes back"
+    )
 
 
 def _rows(journal, manifest) -> list[dict]:
@@ -133,16 +190,24 @@ def _rows(journal, manifest) -> list[dict]:
     ]
 
 
-def _report(facts: dict, journal, path: Path | None) -> list[str]:
+def _report(facts: dict, journal, path: Path | None, back: bool) -> list[str]:
     rows = facts["steps"]
+    if facts["went_on"] and not rows:
+        word = "gone back" if back else "carried out"
+        return [f"already {word}: all {journal.done} steps of {path} are done, the nodes' births say the same"]
     lines = [f"goes on with {path} after step {journal.done} of {len(journal.steps)}"] if facts["went_on"] else []
     for row in rows:
         where, size = ("to", f" ({row['bytes'] / 1e6:.3f} MB)") if row["kind"] == "copy" else ("from", "")
         lines.append(f"{row['kind']} {row['shard']} {where} {row['node']}{size}")
     if "latency_ms" in facts:
-        if not facts["worth"]:
-            lines.append("moving is not worth its price here (--force moves all the same)")
-        lines.append(f"expected latency then {facts['latency_ms']:.3f} ms per token (experts and paths)")
+        if rows:
+            lines.append(f"expected latency then {facts['latency_ms']:.3f} ms per token (experts and paths)")
+        else:
+            if facts["planned_steps"]:
+                lines.append("moving is not worth its price here (--force moves all the same)")
+            lines.append(
+                f"what is held stays: expected latency {facts['stays_ms']:.3f} ms per token (experts and paths)"
+            )
     lines.append(f"{len(rows)} steps, {facts['bytes'] / 1e6:.2f} MB" if rows else "nothing is to be moved")
     if facts["dry_run"]:
         lines.append("this was a dry run: nothing was sent")

@@ -15,10 +15,11 @@ from pathlib import Path
 from ground_station import placement_problem as pp
 from ground_station.carry_out import Journal, Step, steps_of, undone
 from ground_station.control import Control
-from ground_station.delivery import Delivered, Deliverer
+from ground_station.delivery import Delivered, Deliverer, DeliveryError, DeliveryRefused
 from ground_station.placement import PlacementError
 from ground_station.placement_moves import moves, worth_moving
 from ground_station.placement_policies import place
+from ground_station.placement_serving import serve
 from ground_station.plan_fleet import MAX_NODES, Fleet, Node, problem
 from node_agent.delivery_frame import Shard
 from node_agent.shard import Manifest
@@ -27,6 +28,8 @@ from node_agent.wire import Birth
 LOOK_S = 3.0
 POLL_S = 0.05
 SHOWN = 8
+LEAST_S = 0.5
+NO_SHARD = Shard(65_535, 65_535, "fp32")  # in no bundle: dropping it does nothing, and is answered
 
 
 class FleetNotReady(RuntimeError):
@@ -35,12 +38,16 @@ class FleetNotReady(RuntimeError):
 
 @dataclass(frozen=True)
 class Planned:
-    """Steps from what is held to what a policy wants, and both by the one evaluator. `worth`: the gain is above the moves' price."""
+    """Steps from what is held to what a policy wants, and both by the one evaluator. `worth`: the gain is above the moves' price.
+
+    `latency_ms`, `objective_ms`: of what the policy wants; `stays_ms`: latency of what is held (None: experts are missing).
+    """
 
     steps: tuple[Step, ...]
     latency_ms: float
     objective_ms: float
     worth: bool
+    stays_ms: float | None
 
 
 class PatientDeliverer(Deliverer):
@@ -55,6 +62,23 @@ class PatientDeliverer(Deliverer):
 
     def drop(self, node: str, which: Shard, patience_s: float | None = None) -> None:
         super().drop(node, which, self.patience_s if patience_s is None else patience_s)
+
+    def reach(self, nodes: Iterable[str]) -> None:
+        """Returns when every node has dialled in and answers.  Raises: FleetNotReady that names those that have not in time."""
+        end_s, missing = time.monotonic() + self.patience_s, []
+        for node in sorted(set(nodes)):
+            try:
+                super().drop(node, NO_SHARD, max(end_s - time.monotonic(), LEAST_S))
+            except DeliveryRefused:
+                pass  # an answer all the same
+            except DeliveryError:
+                missing.append(node)
+        if missing:
+            names = ", ".join(missing[:SHOWN]) + (f" and {len(missing) - SHOWN} more" if missing[SHOWN:] else "")
+            raise FleetNotReady(
+                f"not dialled in within {self.patience_s:g} s: {names}; nothing was moved: see that their agents run and that "
+                f"delivery_endpoint in their configuration is {self.endpoint}"
+            )
 
 
 def births(control: Control, nodes: Sequence[str], patience_s: float) -> dict[str, Birth]:
@@ -125,8 +149,13 @@ def planned(
         steps_of(listed, task.nodes, manifest.precisions, manifest.moe_layers),
         float(result.latency_ms),
         float(result.objective_ms),
-        worth_moving(task, placement),
+        bool(listed) and worth_moving(task, placement),
+        None if len({copy[:2] for copy in task.held}) < task.layers * task.experts else _latency_of_held(task),
     )
+
+
+def _latency_of_held(task: pp.Problem) -> float:
+    return float(pp.evaluate(task, serve(task, "held", task.held)).latency_ms)
 
 
 def unlike(steps: Iterable[Step], found: Mapping[str, Birth]) -> list[str]:

@@ -69,11 +69,12 @@ class _Mover:
         if {copy[:2] for copy in old} - {copy[:2] for copy in new}:
             raise PlacementError("the new placement leaves out experts that the old one has: plan again")
         self.parked: set[Copy] = set()
+        self.withdrawn: set[Copy] = set()
         self.done: list[Move] = []
 
     def run(self) -> tuple[Move, ...]:
         while self.present != self.new:
-            if not (self._copy() or self._drop(2) or self._drop(1) or self._drop(0) or self._park()):
+            if not (self._copy() or self._drop(2) or self._drop(1) or self._drop(0) or self._park() or self._withdraw()):
                 raise PlacementError(
                     "no order of moves keeps every expert on some node: the nodes are too full to pass shards on; "
                     f"free {self.resident.max() / 1e6:.2f} MB on one of them"
@@ -94,7 +95,9 @@ class _Mover:
         self.free[copy.node] += int(self.resident[copy.variant])
 
     def _copy(self) -> bool:
-        for copy in sorted(self.new - self.present):
+        """Sends one wanted copy that fits; those first by which a copy can be dropped: they give their room back."""
+        leaving = {copy[:2] for copy in self.present - self.new}
+        for copy in sorted(self.new - self.present, key=lambda c: (c[:2] not in leaving, c)):
             if self.free[copy.node] >= self.resident[copy.variant]:
                 self._send(copy)
                 return True
@@ -126,5 +129,17 @@ class _Mover:
                     self._send(there)
                     self.parked.add(there)
                     self._free(copy)
+                    return True
+        return False
+
+    def _withdraw(self) -> bool:
+        """Takes back a wanted copy that came too early and fills a node, so that another gets in; it is sent again later, once."""
+        for copy in sorted(self.new - self.present):
+            for early in sorted(c for c in self.present & self.new - self.withdrawn if c.node == copy.node):
+                room = self.free[copy.node] + self.resident[early.variant]
+                if room >= self.resident[copy.variant] and any(c[:2] == early[:2] and c != early for c in self.present):
+                    self.withdrawn.add(early)
+                    self._free(early)
+                    self._send(copy)
                     return True
         return False

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ground_station import placement_exact
 from ground_station import placement_problem as pp
 from ground_station.placement_budgeted import improved
 from ground_station.placement_policies import place
@@ -23,6 +24,8 @@ LARGE = 4.0
 MAX_TRIED = 8  # nodes of one kind, the tightest first
 LEAST_GAIN = 0.002  # of the objective: less is not called binding
 COVERAGE_DRAWS = 200
+EXACT_S = 60.0  # that the exact programme may take
+EXACT_GAP = 1e-3  # of the objective: nearer to the bound counts as proved
 KINDS = ("memory", "heat", "battery")
 
 
@@ -168,10 +171,15 @@ def coverage(task: pp.Problem, placement: pp.Placement, draws: int = COVERAGE_DR
 
 
 def plan(bundle: Path, fleet: Fleet, policy: str = "budgeted", seed: int = 0) -> dict:
-    """The preview as one JSON-ready object.  Raises: PlacementError, shard.BundleError."""
+    """The preview as one JSON-ready object. `exact` (None for other policies): whether the optimum is proved, and the objective's
+    `gap` to the bound that no placement can be under (None: nothing is proved).
+
+    Raises: PlacementError, shard.BundleError.
+    """
     manifest = read_manifest(bundle)
     task, source = problem(bundle, manifest, fleet, seed)
-    placement = place(policy, task, seed)
+    solved = placement_exact.solve(task, EXACT_S, EXACT_GAP) if policy == "exact" else None
+    placement = place(policy, task, seed) if solved is None else solved.placement
     found = pp.evaluate(task, placement)
     node, variant = pp.served_by(task, placement)
     first = int(np.argmax(task.chances))
@@ -209,26 +217,59 @@ def plan(bundle: Path, fleet: Fleet, policy: str = "budgeted", seed: int = 0) ->
         "half_dark": {k: round(v, 4) for k, v in coverage(task, placement).items()},
         "violations": list(found.violations),
         "binding": None if bound is None else {**vars(bound)},
+        "exact": None if solved is None else _proof(solved, found.objective_ms),
         "tokens_per_s": task.tokens_per_s,
         "work_from": source,
     }
 
 
+def _proof(solved: placement_exact.Exact, objective_ms: float) -> dict:
+    bounded = np.isfinite(solved.bound_ms) and solved.bound_ms > 0
+    return {
+        "solved": solved.solved,
+        "gap": round(max(objective_ms / solved.bound_ms - 1.0, 0.0), 5) if bounded else None,
+        "bound_ms": round(solved.bound_ms, 4) if bounded else None,
+    }
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    """Right-aligned columns as wide as they need to be, the first left-aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    gap = "  " if sum(widths) + 2 * len(widths) <= 80 else " "
+    return [
+        gap.join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+        for row in rows
+    ]
+
+
+def _short(value: float) -> str:
+    """At most 8 characters."""
+    return f"{value:.2f}" if value < 99_999 else f"{value:.2e}"
+
+
 def report(result: dict) -> str:
     """The preview as a table and sentences."""
     names = list(result["nodes"][0]["copies"])
-    lines = [f"{'node':10}{'experts':>18}{'MB':>8}{'of':>8}{'calls/token':>12}{'watts':>8}{'of':>8}{'path ms':>8}"]
+    rows = [["node", "experts", "MB", "of MB", "calls/token", "watts", "of W", "path ms"]]
     for row in result["nodes"]:
         copies = " + ".join(f"{row['copies'][name]} {name}" for name in names if row["copies"][name]) or "none"
         limit = "-" if row["limit_w"] is None else f"{row['limit_w']:.3g}"
-        lines.append(
-            f"{row['node'][:10]:10}{copies:>18}{row['mb']:8.2f}{row['memory_mb']:8.2f}{row['calls_per_token']:12.2f}"
-            f"{row['watts']:8.4f}{limit:>8}{row['path_ms']:8.2f}"
-        )
+        sizes = [_short(row["mb"]), _short(row["memory_mb"]), _short(row["calls_per_token"])]
+        watts = f"{row['watts']:.4f}" if row["watts"] < 100 else _short(row["watts"])
+        rows.append([row["node"][:12], copies[:27], *sizes, watts, limit, _short(row["path_ms"])])
+    lines = _table(rows)
     lines.append(
         f"{result['policy']}: expected latency {result['latency_ms']:.3f} ms per token (experts and paths), "
         f"{result['mb']:.2f} MB in all, {result['share_of_one_copy']:.2f} times one {result['one_copy']} copy"
     )
+    if result["exact"]:
+        exact = result["exact"]
+        if exact["solved"]:
+            lines.append(f"proved optimal (to {EXACT_GAP:.1%})")
+        elif exact["gap"] is None:
+            lines.append(f"not proved optimal: no bound after {EXACT_S:g} s")
+        else:
+            lines.append(f"not proved optimal: within {exact['gap']:.2%} of the proved bound after {EXACT_S:g} s")
     half = result["half_dark"]
     if half["draws"]:
         lines.append(

@@ -21,26 +21,26 @@ Leaves out: live fleets (the coordinator knows those) and contact plans (here an
 from __future__ import annotations
 
 import math
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tomllib
 
 from ground_station.placement import RESIDENT_FACTOR, PlacementError
 from ground_station.placement_problem import Problem
 from ground_station.placement_routing import routing_sets
+from node_agent import npz_file, toml_file
 from node_agent.shard import BundleError, Manifest
 
 MAX_FLEET_BYTES = 1 << 20
-MAX_CALIBRATION_BYTES = 1 << 28
 MAX_NODES = 256
 # MODELS.md: one thread of an x86 core, one token: 0.85 ms for 4.46 MB at 8 bit, 0.61 ms for 2.70 MB at 4 bit, 1.95 for 17.3 MB fp32
 MS_PER_MB = {"fp32": 0.113, "int8": 0.191, "int8dyn": 0.147, "int4": 0.226}
 CALL_MS = 0.02
 ACTIVE_W = 5.0  # of a board's core while an expert runs, where joules were not measured; an assumption
 SETS = 64
+COPIES = 1.25  # times one 8-bit copy of all experts: what equal nodes have together where nobody says
+SLACK = 1.05  # of the even share: whole copies do not divide evenly
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,29 @@ class Fleet:
 
 def alike(count: int, memory_mb: float) -> Fleet:
     """Equal nodes n1 to nN without limits of heat or battery."""
-    if not 1 <= count <= MAX_NODES:
-        raise PlacementError(f"{count} nodes: give 1 to {MAX_NODES}, or a file by --nodes FILE.toml")
+    _check_count(count)
     if not (memory_mb > 0 and math.isfinite(memory_mb)):
         raise PlacementError(f"--memory {memory_mb:g} is not above 0: give MB per node for experts")
     return Fleet(tuple(Node(f"n{i + 1}", memory_mb) for i in range(count)))
+
+
+def sharing(count: int, manifest: Manifest) -> tuple[Fleet, str]:
+    """Equal nodes that hold COPIES times one 8-bit copy of the experts together, and that in words.  Raises: PlacementError."""
+    _check_count(count)
+    name = next((name for name in ("int8", "int8dyn") if name in manifest.precisions), manifest.precisions[0])
+    one = int(max(entry.bytes for entry in manifest.shards if entry.precision == name) * RESIDENT_FACTOR)
+    fleet_bytes = COPIES * one * len(manifest.moe_layers) * manifest.dims.experts
+    each_mb = max(math.ceil(fleet_bytes * SLACK / count), one) / 1e6
+    nodes = tuple(Node(f"n{i + 1}", each_mb) for i in range(count))
+    return Fleet(nodes, fleet_mb=math.ceil(fleet_bytes) / 1e6), (
+        f"without --memory: {each_mb:.2f} MB per node, and {fleet_bytes / 1e6:.2f} MB in all nodes together, "
+        f"{COPIES:g} times one {name} copy of the experts"
+    )
+
+
+def _check_count(count: int) -> None:
+    if not 1 <= count <= MAX_NODES:
+        raise PlacementError(f"{count} nodes: give 1 to {MAX_NODES}, or a file by --nodes FILE.toml")
 
 
 def read(path: Path) -> Fleet:
@@ -94,8 +112,8 @@ def read(path: Path) -> Fleet:
     if len(raw) > MAX_FLEET_BYTES:
         raise PlacementError(f"{path} is over {MAX_FLEET_BYTES} bytes: not a list of nodes")
     try:
-        tree = tomllib.loads(raw.decode())
-    except (ValueError, RecursionError) as error:
+        tree = toml_file.loads(raw)
+    except toml_file.TomlError as error:
         raise PlacementError(f"{path} is not TOML ({' '.join(str(error).split())[:80]})") from None
     top = {"tokens_per_s": 1, "horizon_s": 1, "dark_share": 0, "fleet_mb": 1}
     _known(path, "", tree, {*top, "nodes", "variants"})
@@ -159,27 +177,17 @@ def calibration(root: Path, manifest: Manifest) -> dict[str, np.ndarray]:
         "successive": (max(layers - 1, 0), experts, experts),
         "tokens": (),
     }
+    if not path.exists():
+        raise BundleError(f"{path} is missing: quantize again with --calibration FILE")
     try:
-        with zipfile.ZipFile(path) as archive:
-            sizes = {item.filename: item.file_size for item in archive.infolist()}
-            # headers are bounded before anything is unpacked: a member can not be larger than its array
-            for name, shape in shapes.items():
-                if sizes.get(f"{name}.npy", MAX_CALIBRATION_BYTES) > 8 * math.prod(shape) + 4096:
-                    raise BundleError(
-                        f"{path} has no {name} of the model's size: quantize again with --calibration FILE"
-                    )
-        with np.load(path, allow_pickle=False) as stored:
-            found = {name: stored[name].astype(np.float64) for name in shapes}
-    except FileNotFoundError:
-        raise BundleError(f"{path} is missing: quantize again with --calibration FILE") from None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
-        if isinstance(error, BundleError):
-            raise
-        raise BundleError(f"{path} is damaged ({str(error)[:60]}): copy the bundle again") from None
-    for name, shape in shapes.items():
-        value = found[name]
-        if value.shape != shape or not np.isfinite(value).all() or (value < 0).any():
-            raise BundleError(f"{path}: {name} is not of shape {shape} and at least 0: quantize again")
+        found = npz_file.read(path, shapes)
+    except npz_file.NpzError as error:
+        raise BundleError(
+            f"{path} cannot be used ({error}): copy the bundle again, or quantize again with --calibration FILE"
+        ) from None
+    for name, value in found.items():
+        if (value < 0).any():
+            raise BundleError(f"{path}: {name} is not at least 0: quantize again")
     if found["tokens"] < 1 or not np.allclose(found["counts"].sum(1), found["tokens"] * manifest.dims.top_k):
         raise BundleError(f"{path}: counts do not add up to {manifest.dims.top_k} experts per token: quantize again")
     return found

@@ -110,23 +110,73 @@ def test_a_placement_is_cut_short_gone_on_with_and_undone(bundle, tmp_path, caps
         with monkeypatch.context() as patch:
             patch.setattr(carry_out, "write_journal", stop_in_the_third)
             code, _, err = place(*plan)
-        assert code == cli.EXIT_INTERRUPTED and "interrupted" in err and read_journal(journal).done == 2
+        count = len(shown["steps"])
+        assert code == cli.EXIT_INTERRUPTED and err.count("\n") == 1 and read_journal(journal).done == 2
+        assert (
+            f"interrupted: 2 of {count} steps are done: the same command goes on" in err and f"--undo {journal}" in err
+        )
+
+        def told_to_end(path, now):
+            if now.done == 3:
+                raise cli._Terminated
+            write(path, now)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(carry_out, "write_journal", told_to_end)
+            code, _, err = place(*plan)
+        assert (
+            code == cli.EXIT_TERMINATED and f"terminated: 2 of {count} steps are done" in err and err.count("\n") == 1
+        )
+
+        def full_disk(path, now):
+            if now.done == 4:
+                raise OSError(28, "No space left on device")
+            write(path, now)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(carry_out, "write_journal", full_disk)
+            code, _, err = place(*plan)
+        assert code == cli.EXIT_FAILED and f"No space left on device; 3 of {count} steps are done" in err
+        assert err.count("\n") == 1 and f"--undo {journal}" in err
         code, out, err = place(*plan, "--json")
         assert code == 0, err
         rest = json.loads(out)
-        assert rest["went_on"] and rest["steps"] == shown["steps"][2:] and rest["done"] == len(shown["steps"])
+        assert rest["went_on"] and rest["steps"] == shown["steps"][3:] and rest["done"] == count
+        assert rest["sent_bytes"] + rest["had_bytes"] == rest["bytes"]
         for node in seen:
             seen[node].next("birth", lambda _, node=node: held(seen[node]) == goal[node])
         assert {node: held(observer) for node, observer in seen.items()} == goal
-        code, _, err = place(*plan)
-        assert code == cli.EXIT_USAGE and "is carried out" in err and err.count("\n") == 1
+        code, out, err = place(*plan)
+        assert code == 0 and "already carried out" in out, err
+        code, out, err = place(*plan, "--json")
+        assert code == 0 and (json.loads(out)["done"], json.loads(out)["steps"]) == (count, []), err
+        code, out, err = place("--nodes", nodes, "--journal", tmp_path / "next.json")
+        assert code == 0 and "nothing is to be moved" in out and "what is held stays: expected latency" in out, err
+        assert "latency then" not in out and not (tmp_path / "next.json").exists()
+
+        # an endpoint that no node dials: nothing is moved, not even noted
+        elsewhere = ("--listen", f"tcp://127.0.0.1:{free_port()}", "--patience", "1.5")
+        code, _, err = place("--undo", journal, *elsewhere)
+        assert code == cli.EXIT_FAILED and "not dialled in" in err and "n2" in err and "nothing was moved" in err, err
+        assert err.count("\n") == 1 and not (tmp_path / "journal.json.undo").exists()
+        with placement_live.PatientDeliverer(listen, None, 10.0) as deliverer:
+            deliverer.reach(["n1", "n2"])  # control: those that dial in are found,
+            deliverer.patience_s = 0.5
+            with pytest.raises(placement_live.FleetNotReady, match="within 0.5 s: n3; "):  # and only the other is named
+                deliverer.reach(["n1", "n2", "n3"])
+        assert {node: held(observer) for node, observer in seen.items()} == goal
 
         code, out, err = place("--undo", journal)
-        assert code == 0 and "births say the same" in out, err
+        assert code == 0 and "births say the same" in " ".join(out.split()) and "MB was on the nodes" in out, err
         assert read_journal(tmp_path / "journal.json.undo").done == len(shown["steps"])
         for node in seen:
             seen[node].next("birth", lambda _, node=node: held(seen[node]) == start[node])
         assert {node: held(observer) for node, observer in seen.items()} == start
+
+        code, out, err = place("--undo", journal)
+        assert code == 0 and "already gone back" in out, err
+        code, _, err = place(*plan, "--patience", "1")  # what is undone is not said to be carried out
+        assert code == cli.EXIT_FAILED and "not what the journal left" in err
 
         # the old list begun again in its middle would drop experts that are nowhere else
         write(journal, replace(read_journal(journal), done=2))

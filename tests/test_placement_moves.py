@@ -81,6 +81,16 @@ def test_two_full_nodes_swap_through_a_third():
         moves(old, new, SIZES, np.array([100, 100, 99]))
 
 
+def test_an_exchange_of_precisions_goes_before_copies_that_fill_the_node():
+    """Found by the search above: copies of experts 3 and 4 filled both nodes before expert 5 had changed its precision."""
+    kept = {Copy(0, expert, 0, 0) for expert in range(4)}
+    old = kept | {Copy(0, 4, 1, 0), Copy(0, 5, 0, 1)}
+    new = kept | {Copy(0, 3, 1, 0), Copy(0, 4, 0, 0), Copy(0, 4, 1, 0), Copy(0, 5, 0, 0)}
+    memory = np.array([600, 200])
+    steps = moves(old, new, SIZES, memory)
+    assert replay(old, steps, memory) == new and sum(step.kind == "copy" for step in steps) == 3
+
+
 def test_sources_and_the_size_on_the_link():
     steps = moves({Copy(0, 0, 0, 0)}, {Copy(0, 0, 1, 0), Copy(0, 0, 2, 1)}, SIZES, np.full(3, 200), np.array([67, 37]))
     assert steps == (

@@ -104,15 +104,76 @@ def test_the_preview_of_the_reference_model(capsys):
     assert json.loads(json.dumps(result)) == result
 
 
+@pytest.fixture(scope="module")
+def preview() -> dict:
+    return plan.plan(BUNDLE, plan_fleet.alike(2, 16384.0))
+
+
 def run(capsys, *argv) -> tuple[int, str, str]:
     code = cli.main(["plan", *map(str, argv)])
     out, err = capsys.readouterr()
     return code, out, err
 
 
+def test_without_memory_it_is_one_and_a_quarter_copies(capsys):
+    """By hand: 64 experts of 172,224 resident bytes, times 1.25: 13.78 MB in all, 5 % above a quarter of it on each of 4."""
+    code, out, err = run(capsys, "--json")
+    result = json.loads(out)
+    assert code == 0 and result["mb"] <= 13.778 and [row["memory_mb"] for row in result["nodes"]] == [3.617] * 4, err
+    assert "3.62 MB per node" in result["assumed"] and "1.25 times one int8 copy" in result["assumed"]
+    assert result["exact"] is None and not result["violations"]
+    code, out, err = run(capsys, "--nodes", "2")
+    assert code == 0 and out.startswith("without --memory: 7.23 MB per node, and 13.78 MB in all"), err
+
+
+@pytest.mark.parametrize(
+    "gap, solved, bound, words",
+    [
+        (0.0123, False, 90.0, "within 1.23% of the proved bound after 60 s"),
+        (0.0004, True, 99.96, "proved optimal (to 0.1%)"),
+        (None, False, None, "no bound after 60 s"),
+    ],
+)
+def test_what_the_exact_programme_proved_is_said(preview, gap, solved, bound, words):
+    text = plan.report(preview | {"exact": {"solved": solved, "gap": gap, "bound_ms": bound}})
+    assert words in text and ("not proved" in text) != solved and "proved" not in plan.report(preview)
+
+
+def test_the_proof_is_the_programme_s(tmp_path):
+    """A fleet of one node has one best placement: proved, and the bound is the objective; stopped at once, the bound is lower."""
+    one = {name: np.full(1, value) for name, value in (("speed", 1.0), ("limit_w", np.inf), ("energy_j", np.inf))}
+    task = problem(nodes=("a",), memory=np.array([1000]), path_ms=np.array([[[1.0]]]), **one)
+    solved = plan.placement_exact.solve(task)
+    objective = pp.evaluate(task, solved.placement).objective_ms
+    proof = plan._proof(solved, objective)
+    assert proof["solved"] and proof["gap"] <= 1e-3 and proof["bound_ms"] == pytest.approx(objective, rel=1e-3)
+    open_end = plan._proof(replace(solved, solved=False, bound_ms=objective / 1.25), objective)
+    assert open_end == {"solved": False, "gap": 0.25, "bound_ms": round(objective / 1.25, 4)}
+    assert plan._proof(replace(solved, bound_ms=-np.inf), objective)["gap"] is None
+
+
+def test_columns_never_run_together(preview):
+    result = preview
+    wide = [
+        row | {"node": "n" * 64, "memory_mb": 9.9e11, "watts": 9.9e11, "limit_w": 9.9e11, "path_ms": 9.9e11}
+        for row in result["nodes"]
+    ]
+    for rows in (result["nodes"], wide):
+        table = plan.report(result | {"nodes": rows}).splitlines()[:3]
+        assert len({len(line) for line in table}) == 1 and len(table[0]) <= 100
+        assert re.split(" +", table[0])[2:4] == ["MB", "of"] and " of MB " in table[0]
+        for line, row in zip(table[1:], rows):
+            cells = re.sub(r" \+ | (?=int)", "_", line).split()  # the experts as one cell
+            assert len(cells) == 8 and cells[2] == f"{row['mb']:.2f}", cells
+    assert "16384.00" in plan.report(result).splitlines()[1].split()
+
+
 def test_commands_that_cannot_be(capsys, tmp_path):
     for argv, words in (
-        (["--nodes", "4"], "needs --memory"),
+        (["--nodes", "-3"], "-3 nodes: give 1 to 256"),
+        (["--nodes", "0"], "0 nodes: give 1 to 256"),
+        (["--nodes", "-3", "--memory", "0"], "-3 nodes"),
+        (["--nodes", "257"], "257 nodes"),
         (["--nodes", "4", "--memory", "0"], "not above 0"),
         (["--nodes", "0", "--memory", "3"], "0 nodes"),
         (
@@ -178,15 +239,15 @@ def test_damaged_calibration_is_refused(tmp_path):
     for name, value, words in (
         ("counts", np.zeros((4, 16)), "do not add up"),
         ("counts", np.zeros((3, 16)), "not of shape"),
-        ("gate_mean", np.full((4, 16), np.nan), "not of shape"),
-        ("successive", np.zeros((300, 16, 16)), "no successive of the model's size"),
+        ("gate_mean", np.full((4, 16), np.nan), "no number"),
+        ("successive", np.zeros((300, 16, 16)), "successive is not of shape"),
     ):
         np.savez(path, **(good | {name: value}))
         with pytest.raises(BundleError, match=words):
             plan_fleet.calibration(tmp_path, manifest)
     shutil.copy(BUNDLE / "calibration.npz", path)
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(BundleError, match="is damaged"):
+    with pytest.raises(BundleError, match="cannot be read"):
         plan_fleet.calibration(tmp_path, manifest)
     path.write_bytes((BUNDLE / "calibration.npz").read_bytes())
     assert plan_fleet.calibration(tmp_path, manifest)["counts"].sum() == 4 * 4 * 32833
