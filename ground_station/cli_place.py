@@ -110,8 +110,18 @@ def _place(args: argparse.Namespace) -> int:
             wanted = plan.steps if plan.worth or args.force else ()
             journal = carry_out.Journal(manifest.name, wanted)
         else:
+            if journal.bundle != manifest.name:
+                raise UsageError(f"{path} is of bundle {journal.bundle[:80]!r}, not {manifest.name}: give that bundle")
+            found = {}
             if journal.steps:
-                placement_live.births(control, sorted({step.node for step in journal.steps}), args.patience)
+                found = placement_live.births(control, sorted({step.node for step in journal.steps}), args.patience)
+            # going back may leave nodes as empty as they were; going on may not
+            lost = placement_live.orphaned(journal.steps[journal.done :], found) if args.undo is None else []
+            if lost and not args.force:
+                raise UsageError(
+                    f"{path} drops the only copy of an expert ({', '.join(lost[:3])}): plan again with another "
+                    "--journal, or --force"
+                )
             # a list that others have moved shards under could drop the only copy of an expert
             remedy = "this is not what the journal left: plan again with another --journal"
             if args.undo is not None and facts["went_on"]:

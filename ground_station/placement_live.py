@@ -173,6 +173,21 @@ def unlike(steps: Iterable[Step], found: Mapping[str, Birth]) -> list[str]:
     return problems
 
 
+def orphaned(steps: Iterable[Step], found: Mapping[str, Birth]) -> list[str]:
+    """Drops among these steps that would leave an expert on no node, in no precision: "L00E001.int8 on n1"."""
+    copies = {(row.layer, row.expert, row.precision, node) for node, birth in found.items() for row in birth.shards}
+    problems = []
+    for step in steps:
+        key = (step.shard.layer, step.shard.expert, step.shard.precision, step.node)
+        if step.kind == "copy":
+            copies.add(key)
+            continue
+        copies.discard(key)
+        if not any(copy[:2] == key[:2] for copy in copies):
+            problems.append(f"{step.shard.stem} on {step.node}")
+    return problems
+
+
 def way_back(journal: Journal) -> Journal:
     """As carry_out.undone, and the next step too: it may be done on the node without being in the journal.
 

@@ -100,6 +100,16 @@ def test_a_placement_is_cut_short_gone_on_with_and_undone(bundle, tmp_path, caps
         code, _, err = place("--nodes", small, "--dry-run")
         assert code == cli.EXIT_USAGE and "n1 holds" in err and err.count("\n") == 1
 
+        alone = tmp_path / "alone.json"
+        carry_out.write_journal(alone, Journal(manifest.name, (Step("drop", "n1", Shard(0, 0, "int8")),)))
+        for more in ((), ("--dry-run",)):
+            code, _, err = place("--nodes", nodes, "--journal", alone, *more)
+            assert code == cli.EXIT_USAGE and "the only copy of an expert (L00E000.int8 on n1)" in err
+        carry_out.write_journal(alone, Journal("another", ()))
+        code, out, err = place("--nodes", nodes, "--journal", alone)
+        assert code == cli.EXIT_USAGE and "is of bundle 'another'" in err and out == ""
+        assert {node: held(observer) for node, observer in seen.items()} == start
+
         write = carry_out.write_journal
 
         def stop_in_the_third(path, now):
