@@ -20,7 +20,7 @@ from pathlib import Path
 
 import zmq
 
-from ground_station.delivery_pace import Direct, Paced, Windows
+from ground_station.delivery_pace import Direct, Paced, Slot, Windows
 from ground_station.link import LinkError, is_loopback
 from node_agent import delivery_frame, shard, wire
 from node_agent.delivery_frame import (
@@ -44,6 +44,8 @@ STALL_S = 2.0  # chunks under way and no acknowledgement: offered again
 RETRY_S = 0.05
 MAX_POLL_S = 0.1
 TAKEN_AT_ONCE = 256
+MAX_ANSWERS_KEPT = 1 << 15  # of a transfer, not due yet: twice the acknowledgements of the largest window
+MAX_LOSSES = 3  # times that a node may have less than it had, as after a power cut, and be waited for as if it were new
 FULL_S = 1.0
 HASH_BYTES = 1 << 20
 
@@ -139,11 +141,14 @@ class _Sending:
             self.had_bytes = sum(self.written)
         self._made_room = deque([(sum(self.written), at_s)])
 
-    def acknowledged(self, index: int, offset: int, received_s: float, at_s: float) -> None:
-        if index < len(self.written) and self.written[index] < offset <= self.next[index]:
-            self.written[index] = offset
-            self._made_room.append((sum(self.written), at_s))
-            self.arrived_s = received_s
+    def acknowledged(self, index: int, offset: int, received_s: float, at_s: float) -> bool:
+        """False for what says nothing new."""
+        if index >= len(self.written) or not self.written[index] < offset <= self.next[index]:
+            return False
+        self.written[index] = offset
+        self._made_room.append((sum(self.written), at_s))
+        self.arrived_s = received_s
+        return True
 
     def upcoming(self) -> tuple[int, int, int] | None:
         """(file, offset, bytes left of the file) of what goes out next."""
@@ -162,6 +167,37 @@ class _Sending:
         while self._made_room and self._made_room[0][0] < need:
             self._made_room.popleft()
         return self._made_room[0][1] if self._made_room else None
+
+
+class _Patience:
+    """Until when a contact goes on without progress: more bytes sent or written than ever before, never an answer as such."""
+
+    def __init__(self, patience_s: float, from_s: float):
+        self._patience_s, self._from_s, self._slack_s = patience_s, from_s, 0.0
+        self._sent = self._written = -1
+        self._losses = 0
+
+    @property
+    def end_s(self) -> float:
+        return self._from_s + self._patience_s + 2.0 * self._slack_s
+
+    def paced(self, slot: Slot) -> None:
+        """A slow link gets the time of a frame, its delay included, on top: there and back."""
+        self._slack_s = max(self._slack_s, slot.there_s - slot.start_s)
+
+    def look(self, sending: _Sending, now_s: float) -> None:
+        sent, written = sum(sending.next), sum(sending.written)
+        if sent > self._sent or written > self._written:
+            self._from_s = max(self._from_s, now_s)
+        self._sent, self._written = max(sent, self._sent), max(written, self._written)
+
+    def began(self, sending: _Sending, now_s: float) -> None:
+        """The first STATE of an offer: where the node has lost something, what it takes again is progress again."""
+        written = sum(sending.written)
+        if written < self._written and self._losses < MAX_LOSSES:
+            self._losses += 1
+            self._sent = self._written = written - 1
+        self.look(sending, now_s)
 
 
 class Deliverer:
@@ -305,25 +341,31 @@ class Deliverer:
         patience_s: float,
     ) -> float | None:
         """Offers and sends until the shard is loaded (returns when) or the contact is over (None)."""
-        started_s, best = max(time.monotonic(), air.opens_s), -1
+        patience = _Patience(patience_s, max(time.monotonic(), air.opens_s))
         while time.monotonic() < air.closes_s and not air.spent:
-            done_s = self._once(node, offer, sending, air, progress)
+            done_s = self._once(node, offer, sending, air, progress, patience)
             if done_s is not None:
                 return done_s
-            now_s = time.monotonic()
-            if sum(sending.written) > best:
-                best, started_s = sum(sending.written), now_s
-            if now_s - started_s > patience_s:
-                raise DeliveryError(
-                    f"{node} took {sum(sending.written)} of {sending.total} bytes of {offer.shard.stem} and then nothing for "
-                    f"{patience_s:g} s: see that its agent runs and that delivery_endpoint in its configuration is {self.endpoint}"
-                )
-        return None
+            if time.monotonic() > patience.end_s:
+                break
+        else:
+            return None
+        raise DeliveryError(
+            f"{node} took {sum(sending.written)} of {sending.total} bytes of {offer.shard.stem} and then nothing for "
+            f"{patience_s:g} s: see that its agent runs and that delivery_endpoint in its configuration is {self.endpoint}"
+        )
 
     def _once(
-        self, node: str, offer: Offer, sending: _Sending, air: Direct | Paced, progress: Progress
+        self,
+        node: str,
+        offer: Offer,
+        sending: _Sending,
+        air: Direct | Paced,
+        progress: Progress,
+        patience: _Patience,
     ) -> float | None:
-        """From one offer to its end: when the shard was loaded, or None when it must be offered again or the contact is over."""
+        """From one offer to its end: when the shard was loaded, or None when it must be offered again, the contact is over or
+        patience is."""
         transfer = secrets.randbits(64)
         self._answers.clear()
         request = delivery_frame.pack(Message(OFFER, transfer, offer=offer))
@@ -332,29 +374,42 @@ class Deliverer:
         if slot is None or slot.size < len(request):
             self._until(node, transfer, air, air.closes_s)
             return None
+        patience.paced(slot)
         self._until(node, transfer, air, slot.there_s)
         if not self._send(node, request):
             time.sleep(RETRY_S)
             return None
         sending.offers += 1
         heard_s, stall_s, begun = time.monotonic(), OFFER_AGAIN_S + 2 * air.delay_s, False
+        patience.look(sending, heard_s)
         while True:
             for received_s, at_s, answer in self._due(node, transfer, air):
-                heard_s = max(heard_s, at_s)
                 if answer.kind == DONE:
                     return received_s
-                if answer.kind == STATE:
+                if time.monotonic() > patience.end_s:
+                    return None
+                if answer.kind == STATE and not begun:
                     sending.state(answer.have, at_s)
-                    begun, stall_s = True, STALL_S + 2 * air.delay_s
-                elif answer.kind == ACK and begun:
-                    sending.acknowledged(answer.index, answer.offset, received_s, at_s)
+                    begun, stall_s, heard_s = True, STALL_S + 2 * air.delay_s, max(heard_s, at_s)
+                    patience.began(sending, time.monotonic())
+                elif (
+                    answer.kind == STATE and sending.under_way
+                ):  # a chunk was lost; with none under way it says nothing
+                    sending.state(answer.have, at_s)
+                elif (
+                    answer.kind == ACK and begun and sending.acknowledged(answer.index, answer.offset, received_s, at_s)
+                ):
+                    heard_s = max(heard_s, at_s)
                 elif answer.kind == REFUSED:
                     if answer.refusal == "unknown":
                         return None
                     raise DeliveryRefused(node, answer.refusal, answer.text)
                 if begun:
+                    patience.look(sending, time.monotonic())
                     progress(sum(sending.written), sending.total)
             now_s = time.monotonic()
+            if now_s > patience.end_s:
+                return None
             upcoming = sending.upcoming() if begun else None
             available_s = upcoming and sending.available_s(air.window_bytes, min(air.chunk, upcoming[2]))
             slot = air.slot(available_s, upcoming[2]) if available_s is not None else None
@@ -363,8 +418,10 @@ class Deliverer:
                     return None
                 if now_s - heard_s > stall_s + (OFFER_AGAIN_S if not sending.under_way else 0.0):
                     return None
-                self._until(node, transfer, air, min(now_s + MAX_POLL_S, air.closes_s), any_answer=True)
+                wait_s = min(now_s + MAX_POLL_S, air.closes_s, patience.end_s)
+                self._until(node, transfer, air, wait_s, any_answer=True)
                 continue
+            patience.paced(slot)
             self._until(node, transfer, air, slot.there_s)
             index, offset, _ = upcoming
             body = sending.files.read(index, offset, slot.size)
@@ -374,6 +431,7 @@ class Deliverer:
             sending.first_s = slot.start_s if sending.first_s is None else sending.first_s
             sending.next[index] += slot.size
             sending.sent_bytes += slot.size
+            patience.look(sending, time.monotonic())
 
     # ------------------------------------------------------------ the socket
 
@@ -404,7 +462,7 @@ class Deliverer:
                 answer = None
             if answer is None:
                 self.bad_frames += 1
-            elif parts[0] != node.encode() or answer.transfer != transfer:
+            elif parts[0] != node.encode() or answer.transfer != transfer or len(self._answers) >= MAX_ANSWERS_KEPT:
                 self.unasked_frames += 1
             else:
                 received_s = time.monotonic()

@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
@@ -90,11 +91,15 @@ class Receiver:
         for path, offer in self._store.kept():
             try:
                 if offer is None:
-                    raise StoreError("load", f"{path} is damaged: deliver that shard again")
+                    raise StoreError(
+                        "load", f"{path} is damaged or no plain file: remove it and deliver that shard again"
+                    )
                 if self._hosted(offer) is None:
                     self._load(offer)
             except StoreError as error:
                 self.count(error.kind, str(error))
+            except OSError as error:
+                self.count("disk", f"{path} cannot be used ({error.strerror}): mend state_dir's disk")
 
     def answer(self, data: bytes) -> Iterator[bytes]:
         """The replies to a frame, to be sent as they come."""
@@ -195,9 +200,7 @@ class Receiver:
     def _write(self, transfer: _Transfer, message: Message) -> None:
         if transfer.index != message.index:
             transfer.close()
-            path = self._store.partial(transfer.offer.files[message.index])
-            transfer.file = open(path, "r+b" if message.offset else "wb", buffering=0)  # noqa: SIM115 - until the transfer ends
-            transfer.file.seek(message.offset)
+            transfer.file = self._store.open_partial(transfer.offer.files[message.index], message.offset)
             transfer.index = message.index
         left = message.body
         while left:
@@ -210,7 +213,7 @@ class Receiver:
         if any(count < file.bytes for count, file in zip(transfer.written, files)):
             return
         for file in files:  # a partial file may have become whole right before the agent was killed
-            if self._store.partial(file).exists():
+            if self._store.half_there(file):
                 self._store.finish(file)
         self._load(transfer.offer)
         self._store.keep(transfer.offer)
@@ -256,7 +259,10 @@ class Receiver:
         if transfer is not None:
             self.close()
             for file in transfer.offer.files:
-                self._store.partial(file).unlink(missing_ok=True)
+                with suppress(
+                    OSError
+                ):  # the disk itself may be what is broken, and the ground station waits for an answer
+                    self._store.forget(file)
         yield self._refuse(transfer_id, "disk", f"the disk does not take it ({error.strerror}): free space on the disk")
 
     def count(self, kind: str, text: str) -> None:

@@ -3,7 +3,8 @@
 Below `<state_dir>/shards`: `experts/` as in a bundle, `partial/` what is half there, `<stem>.offer` for each shard that is whole
 (the OFFER frame it came by, written last), `<stem>.dropped` for a shard of the node's own bundle that is not to be loaded any
 more. A file gets its name only when its sha256 is right. Resuming after a power cut needs no fsync of what is half there: its
-sha256 is told to the ground station, which compares it with its own.
+sha256 is told to the ground station, which compares it with its own. What another program has put there under one of these
+names and is no plain file (a link, pipe, folder) is never followed, waited for or written: it is refused by name.
 Leaves out: frames and memory (delivery.py).
 """
 
@@ -12,8 +13,10 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from node_agent import delivery_frame, shard
 from node_agent.delivery_frame import Have, Offer, Shard
@@ -21,6 +24,7 @@ from node_agent.errors import AgentError
 
 RESERVE_BYTES = 64 * 1024 * 1024  # of the disk stay free: the board needs them to live
 MAX_PARTIALS = 16
+HASH_BYTES = 1 << 20
 
 
 class StoreError(AgentError, OSError):
@@ -29,6 +33,49 @@ class StoreError(AgentError, OSError):
     def __init__(self, kind: str, text: str):
         super().__init__(text)
         self.kind = kind
+
+
+def open_plain(path: Path, flags: int = os.O_RDONLY) -> BinaryIO:
+    """An unbuffered plain file, opened without following a link or waiting for a pipe; `flags` as of os.open.
+
+    Raises: StoreError for what is no plain file or, where it is to be written, has a second name; OSError.
+    """
+    try:
+        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+    except OSError:
+        _check_plain(path)
+        raise
+    try:
+        found = os.fstat(handle)
+        writing = flags & os.O_ACCMODE != os.O_RDONLY
+        if not stat.S_ISREG(found.st_mode) or (writing and found.st_nlink != 1):
+            raise _not_plain(path)
+        return os.fdopen(handle, "r+b" if writing else "rb", buffering=0)
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def _not_plain(path: Path) -> StoreError:
+    return StoreError("disk", f"{path} is no plain file of this agent (a link, pipe or folder?): remove it")
+
+
+def _check_plain(path: Path) -> None:
+    """Raises: StoreError where something else than a plain file has the name; nothing at all is as well."""
+    try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise _not_plain(path)
+    except FileNotFoundError:
+        pass
+
+
+def _remove(path: Path) -> None:
+    """A link or a pipe goes, what it leads to stays.  Raises: StoreError for a folder, OSError."""
+    try:
+        path.unlink(missing_ok=True)
+    except (IsADirectoryError, PermissionError):  # unlink(2): EISDIR on Linux, EPERM by POSIX
+        _check_plain(path)
+        raise
 
 
 def free_bytes(folder: Path) -> int:
@@ -45,7 +92,11 @@ class Store:
     def _make(self) -> None:
         try:
             for folder in (self.root / delivery_frame.FOLDER, self._partials):
+                if os.path.lexists(folder) and not stat.S_ISDIR(os.lstat(folder).st_mode):
+                    raise StoreError("disk", f"{folder} is no folder of this agent (a link, file or pipe?): remove it")
                 folder.mkdir(parents=True, exist_ok=True)
+        except StoreError:
+            raise
         except OSError as error:
             raise StoreError(
                 "disk", f"{self.root} cannot be written ({error.strerror}): mend state_dir's disk"
@@ -56,9 +107,18 @@ class Store:
     def graph(self, files: tuple[shard.FileEntry, ...]) -> Path | None:
         """Path of `files[0]` in the folder that has verified copies of all of them: a graph finds its weights beside itself."""
         for root in (self.root, self._bundle):
-            if root is not None and all(_whole(root, file) for file in files):
+            if root is not None and all(self._whole(root, file) for file in files):
                 return root / files[0].path
         return None
+
+    def _whole(self, root: Path, file: shard.FileEntry) -> bool:
+        """In the node's own bundle a link may stand for a file; here none of ours is one."""
+        try:
+            if root == self.root:
+                _check_plain(root / file.path)
+            return bool(shard.verify_file(root, file))
+        except (shard.BundleError, OSError):
+            return False
 
     def partial(self, file: shard.FileEntry) -> Path:
         return self._partials / f"{Path(file.path).name}.{file.sha256[:16]}"
@@ -67,17 +127,22 @@ class Store:
         """What is here of each file, with the sha256 of just that."""
         if self.graph(files) is not None:
             return tuple(Have(file.bytes, file.sha256) for file in files)
+        self._make()
         return tuple(self._have(file) for file in files)
 
     def _have(self, file: shard.FileEntry) -> Have:
-        if _whole(self.root, file):
+        if self._whole(self.root, file):
             return Have(file.bytes, file.sha256)
+        _check_plain(self.root / file.path)
         path = self.partial(file)
         try:
-            size = path.stat().st_size
-            if 0 < size <= file.bytes:
-                return Have(size, shard.sha256_of(path))
+            with open_plain(path) as half:
+                size = os.fstat(half.fileno()).st_size
+                if 0 < size <= file.bytes:
+                    return Have(size, _sha256(half, size))
             path.unlink()
+        except StoreError:
+            raise
         except OSError:
             pass
         return Have(0, hashlib.sha256().hexdigest())
@@ -88,11 +153,11 @@ class Store:
         wanted = {self.partial(file).name for file in files}
         names = {Path(file.path).name for file in files}
         others = sorted(
-            (path for path in self._partials.iterdir() if path.name not in wanted), key=lambda p: p.stat().st_mtime
+            (path for path in self._partials.iterdir() if path.name not in wanted), key=lambda p: p.lstat().st_mtime
         )
         kept = [path for path in others if path.name.rpartition(".")[0] not in names]
         for path in {*others} - {*kept[-MAX_PARTIALS:]}:
-            path.unlink(missing_ok=True)
+            _remove(path)
         free = self._free(self.root)
         if missing_bytes + RESERVE_BYTES > free:
             raise StoreError(
@@ -102,14 +167,35 @@ class Store:
 
     # ------------------------------------------------------------ what comes and goes
 
+    def half_there(self, file: shard.FileEntry) -> bool:
+        return os.path.lexists(self.partial(file))
+
+    def open_partial(self, file: shard.FileEntry, offset: int) -> BinaryIO:
+        """The partial file, to be written from `offset` on; new at 0.  Raises: StoreError, OSError."""
+        half = open_plain(self.partial(file), os.O_RDWR | (0 if offset else os.O_CREAT))
+        try:
+            if not offset:
+                half.truncate(0)
+            half.seek(offset)
+        except BaseException:
+            half.close()
+            raise
+        return half
+
+    def forget(self, file: shard.FileEntry) -> None:
+        """Deletes what is half there of a file.  Raises: StoreError, OSError."""
+        _remove(self.partial(file))
+
     def finish(self, file: shard.FileEntry) -> None:
         """Gives a partial file its name, once its sha256 is right.  Raises: StoreError, and the partial file is gone then."""
         path = self.partial(file)
-        with open(path, "rb") as half:
+        with open_plain(path) as half:
             os.fsync(half.fileno())
-        if shard.sha256_of(path) != file.sha256:
+            right = os.fstat(half.fileno()).st_size == file.bytes and _sha256(half, file.bytes) == file.sha256
+        if not right:
             path.unlink()
             raise StoreError("hash", f"{file.path} is not what was offered (sha256 differs): send it again")
+        _check_plain(self.root / file.path)
         os.replace(path, self.root / file.path)
         _sync(self.root / delivery_frame.FOLDER)
 
@@ -117,31 +203,38 @@ class Store:
         """From now on the shard is loaded at every start."""
         self._make()
         frame = delivery_frame.pack(delivery_frame.Message(delivery_frame.OFFER, 0, offer=offer))
-        with shard.atomic_file(self.root / f"{offer.shard.stem}.offer") as out:
+        with shard.atomic_file(self._to_write(f"{offer.shard.stem}.offer")) as out:
             out.write(frame)
-        (self.root / f"{offer.shard.stem}.dropped").unlink(missing_ok=True)
+        _remove(self.root / f"{offer.shard.stem}.dropped")
 
     def drop(self, which: Shard) -> None:
         """From now on the shard is not loaded any more; what was delivered of it is deleted."""
         self._make()
-        with shard.atomic_file(self.root / f"{which.stem}.dropped"):
+        with shard.atomic_file(self._to_write(f"{which.stem}.dropped")):
             pass
-        (self.root / f"{which.stem}.offer").unlink(missing_ok=True)
+        _remove(self.root / f"{which.stem}.offer")
         self.discard(which)
+
+    def _to_write(self, name: str) -> Path:
+        """For shard.atomic_file, which would follow a link under its temporary name.  Raises: StoreError, OSError."""
+        path = self.root / name
+        _check_plain(path)
+        _remove(path.with_name(path.name + shard.PARTIAL_SUFFIX))
+        return path
 
     def discard(self, which: Shard) -> None:
         """Deletes the shard's files, as far as they are this store's."""
         for path in (self.root / delivery_frame.FOLDER).glob(f"{which.stem}.*"):
-            path.unlink(missing_ok=True)
+            _remove(path)
 
     def dropped(self, stem: str) -> bool:
-        return (self.root / f"{stem}.dropped").exists()
+        return os.path.lexists(self.root / f"{stem}.dropped")
 
     def kept(self) -> Iterator[tuple[Path, Offer | None]]:
-        """(file, offer) of all shards that were delivered; None for a file that is damaged."""
+        """(file, offer) of all shards that were delivered; None for a file that is damaged or no plain one."""
         for path in sorted(self.root.glob("*.offer")):
             try:
-                with open(path, "rb") as file:
+                with open_plain(path) as file:
                     data = file.read(delivery_frame.MAX_FRAME_BYTES + 1)
                 offer = delivery_frame.unpack(data).offer
             except (OSError, delivery_frame.DeliveryFrameError):
@@ -149,11 +242,13 @@ class Store:
             yield path, offer
 
 
-def _whole(root: Path, file: shard.FileEntry) -> bool:
-    try:
-        return bool(shard.verify_file(root, file))
-    except (shard.BundleError, OSError):
-        return False
+def _sha256(file: BinaryIO, size: int) -> str:
+    """Of at most the next `size` bytes."""
+    digest = hashlib.sha256()
+    while size and (piece := file.read(min(size, HASH_BYTES))):
+        digest.update(piece)
+        size -= len(piece)
+    return digest.hexdigest()
 
 
 def _sync(folder: Path) -> None:

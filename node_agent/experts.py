@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 import psutil
 
-from node_agent import frame, shard, wire
+from node_agent import frame, graph_ops, shard, wire
 from node_agent.config import STEM_PATTERN
 from node_agent.errors import ExpertError, MemoryLimitError, ShardBusyError, UnknownExpertError
 from node_agent.partial import partial_sum
@@ -46,9 +46,19 @@ def _session_options(threads: int) -> onnxruntime.SessionOptions:
     return options
 
 
+def _graph_bytes(path: Path) -> bytes:
+    """The file, or as much of it as graph_ops.check needs to refuse it."""
+    with open(path, "rb") as file:
+        return file.read(graph_ops.MAX_GRAPH_BYTES + 1)
+
+
 def open_session(graph: Path | bytes, threads: int = 1) -> onnxruntime.InferenceSession:
     """A CPU session for an expert graph x float32 [T, D] -> y float32 [T, D].  Raises: ExpertError."""
     what = graph if isinstance(graph, Path) else "built-in graph"
+    try:
+        graph_ops.check(_graph_bytes(graph) if isinstance(graph, Path) else graph)
+    except (graph_ops.GraphError, OSError) as error:
+        raise ExpertError(f"cannot load {what} ({error}): write the bundle again with `spacemoe quantize`") from None
     try:
         source = str(graph) if isinstance(graph, Path) else graph
         session = onnxruntime.InferenceSession(source, _session_options(threads), providers=["CPUExecutionProvider"])
