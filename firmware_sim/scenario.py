@@ -13,9 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import tomllib
-
 from firmware_sim.scenario_table import MAX_SATELLITES, ScenarioError, number, table
+from node_agent import toml_file
 from node_agent.wire import WireError, check_id
 
 MAX_SCENARIO_BYTES = 1024 * 1024
@@ -217,8 +216,8 @@ def _links(tree: dict[str, Any], constellation: Constellation, boards: tuple[Sce
 def parse(text: str, where: str = "scenario") -> Scenario:
     """A scenario from TOML.  Raises: ScenarioError."""
     try:
-        tree = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # also for a number of thousands of digits
+        tree = toml_file.loads(text)
+    except toml_file.TomlError as error:
         raise ScenarioError(f"{where} is not TOML: {str(error)[:200]}; correct that line") from None
     try:
         return _scenario(tree, where)

@@ -67,6 +67,12 @@ def _unwind_when_told_to_end() -> None:
             signal.signal(number, terminate)
 
 
+def _line(error: object) -> str:
+    """An error's text as users get it: one line, and nothing that a terminal would obey, since it may quote a stranger's file."""
+    text = " ".join(str(error).split())
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Errors are one line that names the next step; a bug shows its traceback."""
     try:
@@ -101,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         print("spacemoe: nobody reads the output any more: stopped", file=sys.stderr)
         return EXIT_FAILED
     except MemoryError as error:
-        text = " ".join(str(error).split()) or "out of memory"
+        text = _line(error) or "out of memory"
         print(f"spacemoe: {text}: free memory or take a smaller model or context", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
@@ -109,13 +115,13 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except ModuleNotFoundError as error:
         print(
-            f"spacemoe: {error.name} is not installed: in a clone: pip install -c constraints.txt -e '.[all]'",
+            f"spacemoe: {_line(error.name)} is not installed: in a clone: pip install -c constraints.txt -e '.[all]'",
             file=sys.stderr,
         )
         return EXIT_FAILED
     except (ValueError, RuntimeError, OSError) as error:
         # RuntimeError's and OSError's own text can span lines; users get one
-        print(f"spacemoe: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"spacemoe: {_line(error)}", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, ValueError) else EXIT_FAILED
 
 

@@ -15,9 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import tomllib
-
-from node_agent import wire
+from node_agent import toml_file, wire
 
 MAX_PLAN_BYTES = 32 * 1024 * 1024
 MAX_CONTACTS = 100_000
@@ -187,7 +185,7 @@ def read(path: Path) -> ContactPlan:
     if len(raw) > MAX_PLAN_BYTES:
         raise ContactError(f"{path} is over {MAX_PLAN_BYTES} bytes: plan a shorter time")
     try:
-        tree = json.loads(raw) if path.suffix == ".json" else tomllib.loads(raw.decode())
+        tree = json.loads(raw) if path.suffix == ".json" else toml_file.loads(raw)
     except (ValueError, RecursionError) as error:
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise ContactError(f"{path} is not {kind} ({' '.join(str(error).split())[:120]}): correct that line") from None

@@ -7,7 +7,6 @@ what the costs say of themselves. Leaves out: the loop (experiment_orbit.py), th
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tomllib
 
 from firmware_sim.scenario import Scenario
 from ground_station import dispatch, evaluate, selection
@@ -24,11 +22,12 @@ from ground_station.experiment_text import PASSAGE_TOKENS, Rehearsal, passages
 from ground_station.placement import round_robin
 from ground_station.selection_world import PRECISIONS, Calibration
 from ground_station.text import Text
-from node_agent import frame, shard
+from node_agent import frame, shard, toml_file
 
 SHIPPED = Path(__file__).with_name("experiments")
 MAX_FILE_BYTES = 1 << 20
 MAX_SLOTS = 20_000
+MAX_KNOB = 1e12
 MAX_POLICIES = 64
 MAX_SEEDS = 100
 LOOK_TOKENS = 8
@@ -89,6 +88,13 @@ def _seeds(values: list, where: str) -> list[int]:
     return values
 
 
+def _short(value: object) -> str:
+    try:
+        return str(value)[:40]
+    except ValueError:  # Python writes no whole number of thousands of digits
+        return "a number of thousands of digits"
+
+
 def find(name: str) -> Experiment:
     """An experiment by its file, or one that ships with the kit by its name.  Raises: ExperimentError."""
     path = Path(name)
@@ -105,8 +111,8 @@ def find(name: str) -> Experiment:
     if len(content) > MAX_FILE_BYTES:
         raise ExperimentError(f"{path} is over the limit of {MAX_FILE_BYTES} bytes")
     try:
-        tree = tomllib.loads(content.decode())
-    except (ValueError, RecursionError) as error:
+        tree = toml_file.loads(content)
+    except toml_file.TomlError as error:
         raise ExperimentError(f"{path} is not TOML: {str(error)[:200]}; correct that line") from None
     return parse(tree, str(path))
 
@@ -126,16 +132,18 @@ def parse(tree: dict[str, Any], where: str = "experiment") -> Experiment:
         elif kind is int:
             good = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
         elif kind is str:
-            good = isinstance(value, str) and 0 < len(value) <= 300
+            good = isinstance(value, str) and 0 < len(value) <= 300 and value.isprintable()
         else:
             good = isinstance(value, kind)
         if not good:
             want = (
                 f"{'a whole number' if kind is int else 'a number'} from {low:g} to {high:g}"
                 if kind in (int, float)
+                else "a text of 1 to 300 printable characters"
+                if kind is str
                 else f"a {kind.__name__}"
             )
-            raise ExperimentError(f"{where}: {name} is {str(value)[:40]}; give {want}")
+            raise ExperimentError(f"{where}: {name} is {_short(value)}; give {want}")
         return float(value) if kind is float else value
 
     costs_tree = dict(take("costs", dict))
@@ -158,7 +166,7 @@ def parse(tree: dict[str, Any], where: str = "experiment") -> Experiment:
         or len(set(precisions)) != len(precisions)
     ):
         raise ExperimentError(
-            f"{where}: precisions names {str(list(precisions))[:60]}; give different ones, each with its [costs.*]"
+            f"{where}: precisions names {_short(list(precisions))}; give different ones, each with its [costs.*]"
         )
     contenders = []
     for index, entry in enumerate(take("policy", list)):
@@ -173,8 +181,11 @@ def parse(tree: dict[str, Any], where: str = "experiment") -> Experiment:
             raise ExperimentError(f"{at}: {name[:40]} is unknown; use {', '.join(selection.POLICIES)}")
         if admission not in ADMISSIONS:
             raise ExperimentError(f"{at}: admission {admission[:40]} is unknown; use {', '.join(ADMISSIONS)}")
-        if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in knobs.values()):
-            raise ExperimentError(f"{at}: a knob is no number")
+        for knob, value in knobs.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MAX_KNOB:
+                raise ExperimentError(
+                    f"{at}: {_short(knob)} = {_short(value)} is no number; give one up to {MAX_KNOB:g}"
+                )
         contenders.append(Contender(label, name, admission, knobs))
     if not 1 <= len(contenders) <= MAX_POLICIES or len({each.label for each in contenders}) != len(contenders):
         raise ExperimentError(f"{where}: give 1 to {MAX_POLICIES} tables [[policy]], each with its own label")

@@ -11,16 +11,14 @@ Leaves out: the payload (node_agent.entropy), and the sensitivity of the text's 
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from node_agent import compress, shard
+from node_agent import compress, npz_file, shard
 
 CALIBRATION = "calibration.npz"
-MAX_CALIBRATION_BYTES = 256 * 1024 * 1024
 LEVEL = 0.07  # step of a partial sum over the residual's RMS: just under +1 % perplexity on the reference model's choosing text
 # Relative noise of an expert's output per relative noise of its input; 1 to 1.4 are as good on the same text.
 INPUT_GAIN = 1.2
@@ -78,20 +76,12 @@ class Sensitivity:
         path = shard.verify_file(root, entry)
         m, e, d = len(manifest.moe_layers), manifest.dims.experts, manifest.dims.hidden
         shapes = {"moe_to_residual": (m,), "moe_out_rms": (m, d), "output_norm": (m, e)}
-        found = {}
         try:
-            if entry.bytes > MAX_CALIBRATION_BYTES:
-                raise ValueError(f"{entry.bytes} bytes are over the limit of {MAX_CALIBRATION_BYTES}")
-            with zipfile.ZipFile(path) as archive:
-                for name, shape in shapes.items():
-                    with archive.open(f"{name}.npy") as file:
-                        if archive.getinfo(f"{name}.npy").file_size > 8 * int(np.prod(shape)) + 4096:
-                            raise ValueError(f"{name} is larger than {shape}")
-                        found[name] = np.lib.format.read_array(file, allow_pickle=False).astype(np.float64)
-                    if found[name].shape != shape or not np.isfinite(found[name]).all() or not (found[name] > 0).any():
-                        raise ValueError(f"{name} is not {shape} finite numbers")
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise RatesError(f"{path} cannot be used ({str(error)[:100]}): write the bundle again") from None
+            found = npz_file.read(path, shapes)
+        except npz_file.NpzError as error:
+            raise RatesError(f"{path} cannot be used ({error}): write the bundle again") from None
+        if idle := [name for name, value in found.items() if not (value > 0).any()]:
+            raise RatesError(f"{path} cannot be used ({idle[0]} is 0 everywhere): write the bundle again")
         moe_rms = np.sqrt(np.square(found["moe_out_rms"]).mean(1))
         before = moe_rms / np.maximum(found["moe_to_residual"], 1e-9)
         position = {layer: index for index, layer in enumerate(manifest.moe_layers)}

@@ -9,20 +9,20 @@ Shape letters: M MoE layers, E experts of a layer, N nodes, P precisions (the id
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 
 from ground_station.dispatch import Table
-from node_agent import frame
+from node_agent import frame, npz_file
 
 PRECISIONS = len(frame.PRECISIONS)
 BEST_FIRST = tuple(frame.PRECISION_ID[name] for name in ("fp32", "int8", "int8dyn", "int4"))
-MAX_CALIBRATION_BYTES = 1 << 30
 RIDGE = 1.0
 """What the likeness of two experts' outputs says too much: a calibrated mean over tokens is no promise for the next one. Added to the
 diagonal of `Calibration.gram`, as a share. Chosen on the first two thirds of the reference model's held-out text (0.25, 0.5 and 1 tried);
@@ -84,6 +84,9 @@ class World:
         for name in ("joule_price", "byte_price", "row_bytes", "delay_ms", "joules", "ms"):
             if not (np.asarray(getattr(self, name)) >= 0).all():
                 raise ValueError(f"{name} must be 0 or more everywhere")
+        price = self.ms_price
+        if isinstance(price, bool) or not isinstance(price, Real) or not 0 <= price < math.inf:
+            raise ValueError("ms_price must be a number of 0 or more")
 
     @classmethod
     def of(cls, table: Table, experts: int, joules: np.ndarray, ms: np.ndarray, **state: np.ndarray | float) -> World:
@@ -229,34 +232,23 @@ class Calibration:
     @classmethod
     def load(cls, path: Path, layers: tuple[int, ...], experts: int) -> Calibration:
         """Raises: CalibrationUnusable."""
+        m = len(layers)
+        shapes = {
+            "output_norm": (m, experts),
+            "gate_mean": (m, experts),
+            "distance": (m, experts, experts),
+            "moe_out_rms": (m, None),
+            "moe_to_residual": (m,),
+            "moe_layers": (m,),
+        }
+        measured = {f"layer_error_{name}": (m,) for name in frame.PRECISION_ID} | {"layer_sensitivity": (m,)}
         try:
-            if path.stat().st_size > MAX_CALIBRATION_BYTES:
-                raise CalibrationUnusable(f"{path} is over {MAX_CALIBRATION_BYTES >> 20} MB: make the bundle again")
-            with np.load(path, allow_pickle=False) as archive:
-                if sum(item.file_size for item in archive.zip.infolist()) > MAX_CALIBRATION_BYTES:
-                    raise CalibrationUnusable(
-                        f"{path} unpacks to over {MAX_CALIBRATION_BYTES >> 20} MB: make the bundle again"
-                    )
-                shapes = {
-                    "output_norm": (len(layers), experts),
-                    "gate_mean": (len(layers), experts),
-                    "distance": (len(layers), experts, experts),
-                    "moe_out_rms": (len(layers), None),
-                    "moe_to_residual": (len(layers),),
-                    "moe_layers": (len(layers),),
-                }
-                found = {name: _checked(archive, name, shape, path) for name, shape in shapes.items()}
-                errors = np.zeros((len(layers), PRECISIONS))
-                for name, index in frame.PRECISION_ID.items():
-                    if f"layer_error_{name}" in archive:
-                        errors[:, index] = _checked(archive, f"layer_error_{name}", (len(layers),), path)
-                measured = None
-                if "layer_sensitivity" in archive:
-                    measured = _checked(archive, "layer_sensitivity", (len(layers),), path)
-        except CalibrationUnusable:
-            raise
-        except (OSError, ValueError, EOFError, BadZipFile) as error:
-            raise CalibrationUnusable(f"{path} cannot be read ({str(error)[:80]}): make the bundle again") from None
+            found = npz_file.read(path, shapes | measured, optional=measured)
+        except npz_file.NpzError as error:
+            raise CalibrationUnusable(f"{path} cannot be used ({error}): make the bundle again") from None
+        errors = np.zeros((m, PRECISIONS))
+        for name, index in frame.PRECISION_ID.items():
+            errors[:, index] = found.get(f"layer_error_{name}", 0.0)
         if tuple(found["moe_layers"].astype(int).tolist()) != tuple(layers):
             raise CalibrationUnusable(f"{path} is of other layers than the bundle's: make the bundle again")
         square = (found["moe_out_rms"] ** 2).sum(1)
@@ -267,7 +259,7 @@ class Calibration:
             found["gate_mean"],
             found["distance"],
             errors,
-            1 / np.maximum(square + residual, 1e-30) if measured is None else measured,
+            found.get("layer_sensitivity", 1 / np.maximum(square + residual, 1e-30)),
         )
 
     @cached_property
@@ -298,15 +290,3 @@ class Calibration:
         nearest = distance.argmin(1)
         loss = distance[np.arange(len(nearest)), nearest] / np.maximum(self.output_norm[m], 1e-12)
         return np.where(loss < 1, nearest, -1), np.minimum(loss, 1.0)
-
-
-def _checked(archive, name: str, shape: tuple[int | None, ...], path: Path) -> np.ndarray:
-    """float64 array of an archive, its shape (None: any length) and finiteness checked."""
-    if name not in archive:
-        raise CalibrationUnusable(f"{path} holds no {name}: make the bundle again")
-    value = archive[name]
-    if len(value.shape) != len(shape) or any(want not in (None, got) for want, got in zip(shape, value.shape)):
-        raise CalibrationUnusable(f"{path}: {name} has shape {list(value.shape)}: it is of another model")
-    if not np.issubdtype(value.dtype, np.number) or not np.isfinite(value).all():
-        raise CalibrationUnusable(f"{path}: {name} holds what is no number: make the bundle again")
-    return value.astype(np.float64)
