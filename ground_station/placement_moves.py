@@ -74,7 +74,9 @@ class _Mover:
 
     def run(self) -> tuple[Move, ...]:
         while self.present != self.new:
-            if not (self._copy() or self._drop(2) or self._drop(1) or self._drop(0) or self._park() or self._withdraw()):
+            if not (
+                self._copy() or self._drop(2) or self._drop(1) or self._drop(0) or self._park() or self._withdraw()
+            ):
                 raise PlacementError(
                     "no order of moves keeps every expert on some node: the nodes are too full to pass shards on; "
                     f"free {self.resident.max() / 1e6:.2f} MB on one of them"
