@@ -21,7 +21,7 @@ from pathlib import Path
 import zmq
 
 from ground_station.delivery_pace import Direct, Paced, Slot, Windows
-from ground_station.link import LinkError, is_loopback
+from ground_station.link import LinkError, is_loopback, open_router
 from node_agent import delivery_frame, shard, wire
 from node_agent.delivery_frame import (
     ACK,
@@ -206,30 +206,18 @@ class Deliverer:
     def __init__(self, endpoint: str = "tcp://127.0.0.1:*", curve_keys: tuple[bytes, bytes] | None = None):
         """`curve_keys` = (public, secret), Z85.  Raises: LinkError when the endpoint is not to be had or not protected."""
         if curve_keys is None and not is_loopback(endpoint):
-            raise LinkError(f"{endpoint} is not loopback: give CURVE keys (docs: fleet init) or bind 127.0.0.1")
+            raise LinkError(f"{endpoint} is not loopback: give CURVE keys or bind 127.0.0.1")
         self.bad_frames = 0
         self.unasked_frames = 0
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        for option, value in (
-            (zmq.LINGER, 0),
-            (zmq.ROUTER_MANDATORY, 1),
-            (zmq.ROUTER_HANDOVER, 1),  # a restarted board takes its place at once
-            (zmq.MAXMSGSIZE, delivery_frame.MAX_ANSWER_BYTES),
-            (zmq.SNDHWM, 64),
-            (zmq.RCVHWM, 1024),
-            (zmq.SNDTIMEO, 0),
-            (zmq.HEARTBEAT_IVL, 2000),
-            (zmq.HEARTBEAT_TIMEOUT, 6000),
-        ):
-            self._socket.setsockopt(option, value)
-        if curve_keys is not None:
-            self._socket.curve_publickey, self._socket.curve_secretkey = curve_keys
-            self._socket.curve_server = True
+        options = {
+            zmq.MAXMSGSIZE: delivery_frame.MAX_ANSWER_BYTES,
+            zmq.SNDHWM: 64,
+            zmq.HEARTBEAT_IVL: 2000,
+            zmq.HEARTBEAT_TIMEOUT: 6000,
+        }
         try:
-            self._socket.bind(endpoint)
+            self._context, self._socket = open_router(endpoint, curve_keys, options)
         except zmq.ZMQError as error:
-            self.close()
             raise LinkError(f"cannot listen on {endpoint}: {error}; choose another port") from None
         self.endpoint: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._answers: deque[tuple[float, float, Message]] = (

@@ -63,32 +63,44 @@ def is_loopback(endpoint: str) -> bool:
         return False
 
 
+def open_router(
+    endpoint: str, curve_keys: tuple[bytes, bytes] | None, options: dict[int, int]
+) -> tuple[zmq.Context, zmq.Socket]:
+    """A bound ROUTER of libzmq as both sockets for boards have it, with its own context; further `options` of zmq_setsockopt.
+
+    `curve_keys` = (public, secret), Z85: it is the CURVE server.  Raises: zmq.ZMQError; then nothing is left open.
+    """
+    context = zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    common = {
+        zmq.LINGER: 0,
+        zmq.ROUTER_MANDATORY: 1,
+        zmq.ROUTER_HANDOVER: 1,  # a restarted board takes its place at once
+        zmq.RCVHWM: 1024,
+        zmq.SNDTIMEO: 0,
+    }
+    try:
+        for option, value in (common | options).items():
+            router.setsockopt(option, value)
+        if curve_keys is not None:
+            router.curve_publickey, router.curve_secretkey = curve_keys
+            router.curve_server = True
+        router.bind(endpoint)
+    except BaseException:
+        router.close()
+        context.term()
+        raise
+    return context, router
+
+
 class _LibzmqRouter:
     """libzmq's ROUTER behind the interface of ZmtpRouter: for encrypted links and for ipc."""
 
     dropped = None  # libzmq does not say
 
     def __init__(self, endpoint: str, curve_keys: tuple[bytes, bytes] | None):
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        for option, value in (
-            (zmq.LINGER, 0),
-            (zmq.ROUTER_MANDATORY, 1),
-            (zmq.ROUTER_HANDOVER, 1),  # a restarted board takes its place at once
-            (zmq.MAXMSGSIZE, frame.MAX_FRAME_BYTES),
-            (zmq.SNDHWM, 256),
-            (zmq.RCVHWM, 1024),
-            (zmq.SNDTIMEO, 0),
-        ):
-            self._socket.setsockopt(option, value)
-        if curve_keys is not None:
-            self._socket.curve_publickey, self._socket.curve_secretkey = curve_keys
-            self._socket.curve_server = True
-        try:
-            self._socket.bind(endpoint)
-        except zmq.ZMQError:
-            self.close()
-            raise
+        options = {zmq.MAXMSGSIZE: frame.MAX_FRAME_BYTES, zmq.SNDHWM: 256}
+        self._context, self._socket = open_router(endpoint, curve_keys, options)
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def close(self) -> None:
@@ -134,7 +146,7 @@ class Link:
     def __init__(self, endpoint: str = "tcp://127.0.0.1:*", curve_keys: tuple[bytes, bytes] | None = None):
         """`curve_keys` = (public, secret), Z85.  Raises: LinkError when the endpoint is not to be had or not protected."""
         if curve_keys is None and not is_loopback(endpoint):
-            raise LinkError(f"{endpoint} is not loopback: give CURVE keys (docs: fleet init) or bind 127.0.0.1")
+            raise LinkError(f"{endpoint} is not loopback: give CURVE keys or bind 127.0.0.1")
         self._router, self.endpoint = _open(endpoint, curve_keys)
         self.peers: dict[str, Peer] = {}
         self.bad_frames = 0  # no frames of ours, of nobody we know, or of a kind that is not for us
