@@ -6,6 +6,7 @@ compared bit by bit. Leaves out: sockets (link.py) and sessions (local.py).
 
 from __future__ import annotations
 
+from copy import copy as same_but
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -25,9 +26,12 @@ class Work(NamedTuple):
 class Table:
     """For each (layer, expert) its copies as (node index, precision id), best first; for each node its processor."""
 
-    def __init__(self, holdings: tuple[Holding, ...], processors: dict[str, int] | None = None):
-        """`processors`: node -> what computes there, for nodes that share one (agents on one machine). None: each its own."""
-        self.nodes = sorted({holding.node for holding in holdings})
+    def __init__(
+        self, holdings: tuple[Holding, ...], processors: dict[str, int] | None = None, empty: tuple[str, ...] = ()
+    ):
+        """`processors`: node -> what computes there, for nodes that share one (agents on one machine). None: each its own.
+        `empty`: further nodes, that hold nothing yet."""
+        self.nodes = sorted({holding.node for holding in holdings} | {*empty})
         index = {node: i for i, node in enumerate(self.nodes)}
         shared = processors or index
         numbers = {processor: i for i, processor in enumerate(dict.fromkeys(shared[node] for node in self.nodes))}
@@ -38,6 +42,12 @@ class Table:
             key = (holding.layer, holding.expert)
             copy = (index[holding.node], frame.PRECISION_ID[holding.precision])
             self.copies[key] = (*self.copies.get(key, ()), copy)
+
+    def changed(self, copies: dict[tuple[int, int], tuple[tuple[int, int], ...]]) -> Table:
+        """The same nodes with other copies of some experts, best first."""
+        other = same_but(self)
+        other.copies = self.copies | copies
+        return other
 
 
 Copy = tuple[int, int]
