@@ -6,7 +6,7 @@
 
 PYTHON ?= python3
 DEMO_EXTRAS ?= ground,sim
-TEST_EXTRAS ?= ground,quantize,sim,hardware,reference,dev
+TEST_EXTRAS ?= ground,quantize,sim,hardware,experiments,reference,dev
 # A little chance makes the text livelier than greedy decoding; the seed keeps it the same every time. DEMO_ARGS comes after.
 DEMO_SAMPLING ?= --temperature 0.7 --top-p 0.9 --seed 0
 DEMO_ARGS ?=

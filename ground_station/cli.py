@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 
-from ground_station import cli_benchmark, cli_calibrate, cli_decide, cli_demo, cli_models, cli_place
+from ground_station import cli_benchmark, cli_calibrate, cli_decide, cli_demo, cli_models, cli_place, cli_sim
 from ground_station.cli_shared import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -38,12 +38,13 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(name: str, help: str, run, group=commands) -> argparse.ArgumentParser:
-        sub = group.add_parser(name, help=help, description=help)
+        sub = group.add_parser(name, help=help.replace("%", "%%"), description=help)
         sub.set_defaults(run=run)
         sub.add_argument("--json", action="store_true", help="print one JSON object instead of text")
         return sub
 
-    for part in (cli_demo, cli_models, cli_calibrate, cli_decide, cli_place, cli_benchmark):  # in the order of the help
+    # in the order of the help
+    for part in (cli_demo, cli_models, cli_calibrate, cli_decide, cli_sim, cli_place, cli_benchmark):
         part.add(commands, command)
     return root
 

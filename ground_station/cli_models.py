@@ -1,4 +1,4 @@
-"""`spacemoe quantize`, `bundle` and `evaluate`: make a bundle of expert shards, look into it, measure it on text.
+"""`spacemoe quantize`, `bundle` and `evaluate`: make a bundle of expert shards, look into it, add what was measured, score it on text.
 
 Leaves out: the work (the quantize room, node_agent.shard, evaluate.py).
 """
@@ -28,6 +28,16 @@ def add(commands, command) -> None:
     for name, help in (("show", "what a bundle holds"), ("verify", "check size and sha256 of every file")):
         part = command(name, help, _bundle_show if name == "show" else _bundle_verify, parts)
         part.add_argument("bundle", type=Path, nargs="?", help="bundle (default: the reference model)")
+    part = command("calibrate", "measure a bundle's layer sensitivities on a text, and store them", _recalibrate, parts)
+    part.add_argument("bundle", type=Path, metavar="BUNDLE")
+    part.add_argument("--text", type=Path, required=True, metavar="FILE", help="text that nothing is reported on")
+    part.add_argument("--max-tokens", type=positive, metavar="N", help="of the text's start, to choose from")
+    part = command("costs", "store what boards' self-tests measured: ms and joules per expert", _bundle_costs, parts)
+    part.add_argument("bundle", type=Path, metavar="BUNDLE")
+    part.add_argument(
+        "selftest", type=Path, nargs="+", metavar="FILE", help="from node-agent selftest --bundle DIR --json"
+    )
+    part.add_argument("--board", metavar="NAME", help="the kind of board of the one self-test that does not say it")
 
     evaluate = command("evaluate", "bits per byte and perplexity of a bundle on held-out text", _evaluate)
     evaluate.add_argument("bundle", type=Path, nargs="?", help="bundle (default: the reference model)")
@@ -46,9 +56,14 @@ def _quantize(args: argparse.Namespace) -> int:
 
 
 def _bundle_show(args: argparse.Namespace) -> int:
+    from ground_station import costs
     from node_agent import shard
+    from node_agent.costs import words
+    from node_agent.frame import PRECISIONS
 
-    manifest = shard.read_manifest(bundle_of(args))
+    root = bundle_of(args)
+    manifest = shard.read_manifest(root)
+    boards = costs.boards(root, manifest)
     facts = {
         "name": manifest.name,
         "family": manifest.family,
@@ -60,7 +75,10 @@ def _bundle_show(args: argparse.Namespace) -> int:
         "precisions": {},
         "recipe": manifest.recipe,
         "created_at": manifest.created_at,
+        "costs": {name: vars(costs.read(root, manifest, name)) for name in boards},
     }
+    for row in facts["costs"].values():
+        row |= {key: {p: v for p, v in zip(PRECISIONS, row[key].tolist()) if v == v} for key in ("joules", "ms")}
     for precision in manifest.precisions:
         shards = [entry for entry in manifest.shards if entry.precision == precision]
         errors = [entry.rel_error for entry in shards if entry.rel_error is not None]
@@ -82,6 +100,42 @@ def _bundle_show(args: argparse.Namespace) -> int:
         print(wrapped(f"  {precision:8} {row['shards']} shards, {row['bytes'] / 1e6:.1f} MB{error}"))
     for what, text in manifest.recipe.items():
         print(wrapped(f"  {what}: {text}"))
+    for found in boards.values():
+        print("\n".join(wrapped(f"  {line}") for line in words(found)))
+    return EXIT_OK
+
+
+def _recalibrate(args: argparse.Namespace) -> int:
+    from node_agent import bundle_file
+    from quantize import recalibrate
+
+    found = recalibrate.recalibrate(args.bundle, args.text, args.max_tokens, progress=not args.json)
+    note = bundle_file.stale_signature(args.bundle)
+    if args.json:
+        print(json.dumps({name: value.tolist() for name, value in found.items()} | {"note": note}))
+        return EXIT_OK
+    print(f"nats per relative noise energy in a layer's output, {int(found['sensitivity_tokens'])} tokens:")
+    for position, (value, error) in enumerate(zip(found["sensitivity"], found["sensitivity_error"])):
+        print(f"  MoE layer {position + 1}: {value:.3f} +- {error:.3f}")
+    if note:
+        print(wrapped(note))
+    return EXIT_OK
+
+
+def _bundle_costs(args: argparse.Namespace) -> int:
+    from ground_station import costs
+    from node_agent import bundle_file
+    from node_agent.costs import words
+
+    known = costs.store(args.bundle, args.selftest, args.board)
+    note = bundle_file.stale_signature(args.bundle)
+    if args.json:
+        print(json.dumps({"boards": sorted(known), "note": note}))
+        return EXIT_OK
+    for found in known.values():
+        print("\n".join(wrapped(line) for line in words(found)))
+    if note:
+        print(wrapped(note))
     return EXIT_OK
 
 

@@ -14,7 +14,7 @@ COLUMNS = 80
 
 # Of node_agent.compress, placement_policies and selection: named here so that --help stays fast; a test compares them.
 CODECS = ("fp32", "fp16", "q8", "q4", "importance")
-PLACEMENTS = ("random", "intra", "roundrobin", "ring", "eplb", "affinity", "hotcore", "budgeted", "exact")
+PLACEMENTS = ("random", "intra", "roundrobin", "ring", "eplb", "affinity", "hotcore", "budgeted", "coverage", "exact")
 POLICIES = ("topk", "random", "coolest", "topp", "naee", "des", "wlr", "similarity", "equinox", "budgeted")
 
 

@@ -2,7 +2,8 @@
 
 The file (TOML) names the scenario, the demand, what a run of an expert costs and how that was had, and the policies with their knobs.
 Every policy sees the same passages of held-out text in the same order, once per seed. Everything is simulated but the model, its text and
-what the costs say of themselves. Leaves out: the loop (experiment_orbit.py), the upper bound (experiment_bound.py), pictures.
+what the costs say of themselves. Leaves out: the loop (experiment_orbit.py), several processes (experiment_sweep.py), what is written
+(experiment_store.py), the upper bound (experiment_bound.py), pictures.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from firmware_sim.scenario import Scenario
+from ground_station import costs as stored_costs
 from ground_station import dispatch, evaluate, selection
 from ground_station.experiment_orbit import ADMISSIONS, Costs, Setting, Trace, play, surroundings
 from ground_station.experiment_text import PASSAGE_TOKENS, Rehearsal, passages
@@ -50,7 +52,8 @@ class Contender:
 
 @dataclass(frozen=True)
 class Experiment:
-    """The whole file. costs: precision -> (joules, ms) of one row through one expert."""
+    """The whole file. costs: precision -> (joules, ms) of one row through one expert; none where it names a `board` instead, until
+    `priced` has taken them from the bundle."""
 
     name: str
     scenario: str
@@ -65,6 +68,23 @@ class Experiment:
     costs: dict[str, tuple[float, float]]
     source: str
     contenders: tuple[Contender, ...]
+    board: str = ""
+
+    def priced(self, bundle: Path) -> Experiment:
+        """With the costs that the bundle has of `board`, where one is named.  Raises: ExperimentError, CostsError, BundleError."""
+        if not self.board or self.costs:
+            return self
+        found = stored_costs.read(bundle, shard.read_manifest(bundle), self.board)
+        costs = {}
+        for precision in self.precisions:
+            joules, ms = (float(each[frame.PRECISION_ID[precision]]) for each in (found.joules, found.ms))
+            if not joules > 0 or not ms > 0:
+                raise ExperimentError(
+                    f"the bundle has no {'ms' if joules > 0 else 'joules'} of {precision} on {self.board[:40]} ({found.source[:80]}): "
+                    "run node-agent selftest where there is a power sensor, then spacemoe bundle costs, or give figures in [costs]"
+                )
+            costs[precision] = joules, ms
+        return replace(self, costs=costs, source=found.source)
 
     def narrowed(self, seeds: list[int] | None, slots: int | None, only: list[str] | None) -> Experiment:
         """With other seeds, fewer slots, only some contenders (by label); None: as it is.  Raises: ExperimentError."""
@@ -147,7 +167,10 @@ def parse(tree: dict[str, Any], where: str = "experiment") -> Experiment:
         return float(value) if kind is float else value
 
     costs_tree = dict(take("costs", dict))
-    source = take("source", str, of=costs_tree)
+    board = take("board", str, of=costs_tree) if "board" in costs_tree else ""
+    source = "" if board else take("source", str, of=costs_tree)
+    if board and costs_tree:
+        raise ExperimentError(f"{where}: [costs] names a board and gives figures; give one of both")
     costs = {}
     for precision, entry in costs_tree.items():
         if precision not in frame.PRECISIONS or not isinstance(entry, dict):
@@ -162,7 +185,7 @@ def parse(tree: dict[str, Any], where: str = "experiment") -> Experiment:
     if (
         not precisions
         or not all(isinstance(each, str) for each in precisions)
-        or not set(precisions) <= set(costs)
+        or not set(precisions) <= set(frame.PRECISIONS if board else costs)
         or len(set(precisions)) != len(precisions)
     ):
         raise ExperimentError(
@@ -204,6 +227,7 @@ def parse(tree: dict[str, Any], where: str = "experiment") -> Experiment:
         costs,
         source,
         tuple(contenders),
+        board,
     )
     if rest:
         raise ExperimentError(f"{where}: {min(rest)[:40]} is unknown; see the experiments of the kit")
@@ -237,51 +261,85 @@ def setting_of(experiment: Experiment, scenario: Scenario) -> Setting:
     )
 
 
+class Stage:
+    """What the runs of an experiment share: model, table of copies, the surroundings, and the text of the seed played last.
+
+    Making one reads the bundle; the first run of a seed reads its text once through the unconstrained model (some seconds).
+    """
+
+    def __init__(self, experiment: Experiment, scenario: Scenario, bundle: Path):
+        """Raises: ExperimentError, shard.BundleError, ValueError of the scenario's physics."""
+        experiment = experiment.priced(bundle)
+        manifest = shard.read_manifest(bundle)
+        missing = [name for name in experiment.precisions if name not in manifest.precisions]
+        if missing:
+            raise ExperimentError(
+                f"bundle {manifest.name} has no {missing[0]} shards: it holds {', '.join(manifest.precisions)}"
+            )
+        start = manifest.bos_id if manifest.bos_id is not None else next(iter(manifest.eos_ids), None)
+        if start is None:
+            raise ExperimentError(f"{bundle} names no begin- or end-of-text token: cannot start a text")
+        first, *replicas = experiment.precisions
+        names = {board.node: board.memory_mb * 1_000_000 for board in scenario.boards}
+        table = dispatch.Table(round_robin(manifest, names, first, tuple(replicas)))
+        if table.nodes != [board.node for board in scenario.boards]:
+            raise ExperimentError(
+                "the scenario's boards are not in the order of their names, or one holds no expert; correct that"
+            )
+        self.experiment, self.manifest, self.table = experiment, manifest, table
+        self.bundle, self.start = bundle, start
+        self.calibration = Calibration.load(bundle / "calibration.npz", manifest.moe_layers, manifest.dims.experts)
+        for contender in experiment.contenders:  # knobs that cannot be are told now, not after an hour
+            self._policy(contender, 0)
+        self.setting = setting_of(experiment, scenario)
+        self.around = surroundings(self.setting)
+        self._rehearsal: tuple[int, Rehearsal] | None = None
+
+    def _policy(self, contender: Contender, seed: int) -> selection.Policy:
+        dims = self.manifest.dims
+        knobs = {"coverage": self.experiment.coverage} | contender.knobs
+        try:
+            return selection.make(
+                contender.policy,
+                self.manifest.routing,
+                dims.top_k,
+                dims.experts,
+                seed,
+                calibration=self.calibration,
+                **knobs,
+            )
+        except (TypeError, ValueError) as error:
+            raise ExperimentError(f"policy {contender.label}: {error}; correct its knobs") from None
+
+    def _text(self, seed: int) -> Rehearsal:
+        if self._rehearsal is None or self._rehearsal[0] != seed:
+            self._rehearsal = None  # its memory first
+            tokens = min(self.experiment.slots * self.setting.looks * LOOK_TOKENS, MAX_TEXT_TOKENS)
+            text = Text(self.bundle, self.manifest)
+            texts = passages(text, documents(self.bundle), self.start, tokens, np.random.default_rng(seed))
+            self._rehearsal = seed, Rehearsal(self.bundle, self.manifest, self.table, texts, LOOK_TOKENS)
+        return self._rehearsal[1]
+
+    def play(self, contender: Contender, seed: int) -> Run:
+        """The same contender and seed give the same run.  Raises: experiment_text.TextTooShort, shard.BundleError."""
+        policy, rehearsal = self._policy(contender, seed), self._text(seed)
+        began = time.perf_counter()
+        trace = play(self.setting, self.around, rehearsal, policy, contender.admission)
+        return Run(contender, seed, trace, time.perf_counter() - began)
+
+
+def documents(bundle: Path) -> list[str]:
+    """The held-out text beside a bundle.  Raises: evaluate.EvaluationError."""
+    return [text for texts in evaluate.domains(bundle.parent / "heldout").values() for text in texts]
+
+
 def run(
     experiment: Experiment, scenario: Scenario, bundle: Path, progress: Callable[[str], None] = lambda text: None
 ) -> tuple[Run, ...]:
-    """Every contender with every seed.  Raises: ExperimentError, shard.BundleError, ValueError of the scenario's physics."""
-    manifest = shard.read_manifest(bundle)
-    missing = [name for name in experiment.precisions if name not in manifest.precisions]
-    if missing:
-        raise ExperimentError(
-            f"bundle {manifest.name} has no {missing[0]} shards: it holds {', '.join(manifest.precisions)}"
-        )
-    start = manifest.bos_id if manifest.bos_id is not None else next(iter(manifest.eos_ids), None)
-    if start is None:
-        raise ExperimentError(f"{bundle} names no begin- or end-of-text token: cannot start a text")
-    first, *replicas = experiment.precisions
-    names = {board.node: board.memory_mb * 1_000_000 for board in scenario.boards}
-    table = dispatch.Table(round_robin(manifest, names, first, tuple(replicas)))
-    if table.nodes != [board.node for board in scenario.boards]:
-        raise ExperimentError(
-            "the scenario's boards are not in the order of their names, or one holds no expert; correct that"
-        )
-    calibration = Calibration.load(bundle / "calibration.npz", manifest.moe_layers, manifest.dims.experts)
-    documents = [text for texts in evaluate.domains(bundle.parent / "heldout").values() for text in texts]
-    setting = setting_of(experiment, scenario)
-    around = surroundings(setting)
-    tokens = min(experiment.slots * setting.looks * LOOK_TOKENS, MAX_TEXT_TOKENS)
-    runs = []
+    """Every contender with every seed, one after the other.  Raises: as Stage and its play."""
+    stage, runs = Stage(experiment, scenario, bundle), []
     for seed in experiment.seeds:
-        texts = passages(Text(bundle, manifest), documents, start, tokens, np.random.default_rng(seed))
-        rehearsal = Rehearsal(bundle, manifest, table, texts, LOOK_TOKENS)
         for contender in experiment.contenders:
             progress(f"{contender.label}, seed {seed}")
-            knobs = {"coverage": experiment.coverage} | contender.knobs
-            try:
-                policy = selection.make(
-                    contender.policy,
-                    manifest.routing,
-                    manifest.dims.top_k,
-                    manifest.dims.experts,
-                    seed,
-                    calibration=calibration,
-                    **knobs,
-                )
-            except (TypeError, ValueError) as error:
-                raise ExperimentError(f"policy {contender.label}: {error}; correct its knobs") from None
-            began = time.perf_counter()
-            trace = play(setting, around, rehearsal, policy, contender.admission)
-            runs.append(Run(contender, seed, trace, time.perf_counter() - began))
+            runs.append(stage.play(contender, seed))
     return tuple(runs)

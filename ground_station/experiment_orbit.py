@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from firmware_sim import contact, satellite
-from firmware_sim.bus import AVIONICS
+from firmware_sim.bus import AVIONICS, BATTERY
 from firmware_sim.scenario import Scenario
 from firmware_sim.thermal import KELVIN
-from ground_station import selection_prices
+from ground_station import selection_prices, wear_price
 from ground_station.experiment_text import Rehearsal, joined
 from ground_station.selection_choice import Policy
 from ground_station.selection_prices import Limits, Observation, Queues
@@ -49,7 +49,7 @@ class Costs:
 class Setting:
     """What is the same for every policy. tokens_per_s: demand; a token is useful when its coverage is at least `coverage` and its
     divergence from the unconstrained model at most `kl_nats`. `contacts`: nodes out of contact cannot be used. `looks`: how often in
-    a slot prices are set anew."""
+    a slot prices are set anew. wear_nats: `weight` of wear_price.py, 0: batteries' ageing has no price. smoothing: see SMOOTHING."""
 
     scenario: Scenario
     costs: Costs
@@ -60,13 +60,16 @@ class Setting:
     kl_nats: float
     contacts: bool = False
     looks: int = 4
+    wear_nats: float = 0.0
+    smoothing: float = SMOOTHING
 
 
 @dataclass(frozen=True, eq=False)
 class Trace:
     """One run, per slot. tokens, useful, nats, coverage, kl [S]: served, of them useful, mean negative log-likelihood, least coverage
-    and mean divergence of the slot's batch; temp_c, avionics_c, soc, power_w, price [S, N] at the slot's end; runs [S, N, P]: of
-    one token; visits [S, N]: rows of one token that went to the node; over_s [N]; capacity_share [N] at the end."""
+    and mean divergence of the slot's batch; temp_c, avionics_c, battery_c, soc, power_w, price [S, N] at the slot's end; runs [S, N, P]: of
+    one token; visits [S, N]: rows of one token that went to the node; over_s [N]; capacity_share [N] at the end. token_* [S, T]: of
+    each of the T tokens that a slot really read (experiment_text.Batch); decisions_sha256: of all choices, in order."""
 
     tokens: np.ndarray
     useful: np.ndarray
@@ -75,6 +78,7 @@ class Trace:
     kl: np.ndarray
     temp_c: np.ndarray
     avionics_c: np.ndarray
+    battery_c: np.ndarray
     soc: np.ndarray
     power_w: np.ndarray
     price: np.ndarray
@@ -82,6 +86,12 @@ class Trace:
     visits: np.ndarray
     over_s: np.ndarray
     capacity_share: np.ndarray
+    token_latency_ms: np.ndarray
+    token_nats: np.ndarray
+    token_kl: np.ndarray
+    token_coverage: np.ndarray
+    token_bytes: np.ndarray
+    decisions_sha256: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +128,19 @@ def surroundings(setting: Setting) -> Surroundings:
 def _begin(scenario: Scenario) -> tuple[satellite.Satellites, satellite.State]:
     satellites, power = satellite.make(scenario), scenario.power
     return satellites, satellite.start(satellites, scenario.bus.start_c, power.start_soc, power.start_capacity_share)
+
+
+def cell_of(scenario: Scenario, around: Surroundings) -> wear_price.Cell:
+    """What the price of wear needs to know of a scenario's batteries, as old as they are at its start."""
+    fleet = satellite.make(scenario).constellation
+    capacity_j = scenario.power.start_capacity_share * fleet.battery.capacity_j
+    return wear_price.Cell(
+        np.full(around.lit.shape[1], capacity_j),
+        fleet.battery.discharge_efficiency,
+        fleet.array_w,
+        2 * np.pi / fleet.argument_rate_rad_s,
+        wear_price.battery_k_per_w(fleet.network, around.avionics_c.mean() + KELVIN),
+    )
 
 
 def limits(setting: Setting, around: Surroundings, token_j: float) -> Limits:
@@ -166,7 +189,9 @@ def play(
     world = World.of(rehearsal.table, rehearsal.manifest.dims.experts, costs.joules, costs.ms)
     token_j = float(costs.joules[rehearsal.precision]) * len(world.layers) * rehearsal.manifest.dims.top_k
     bounds, queues, playing = limits(setting, around, token_j), Queues.empty(n), rehearsal.play(policy)
-    trace = _empty(s, n)
+    tokens_read = setting.looks * rehearsal.batch_tokens
+    trace = {name: np.zeros(shape) for name, shape in per_slot(s, n, tokens_read).items()}
+    cell, ahead_s = cell_of(scenario, around), wear_price.shadow_ahead_s(around.lit, dt_s)
     throttled = np.zeros(n, bool)
     runs: np.ndarray | None = None
     nowhere, unknown = np.zeros(n), np.full(n, np.nan)
@@ -179,6 +204,17 @@ def play(
         parts = []
         for _ in range(setting.looks):
             price, _ = selection_prices.prices(queues, seen, bounds)
+            if setting.wear_nats:
+                price = price + wear_price.joule_price(
+                    cell,
+                    seen.dod,
+                    state.bus.temp_k[BATTERY] - KELVIN,
+                    state.payload_w + scenario.power.platform_w,
+                    around.lit[slot],
+                    ahead_s[slot],
+                    setting.tokens_per_s * cell.period_s / n,
+                    setting.wear_nats,
+                )
             world = world.changed(joule_price=price, temp_c=state.temp_c, up=around.up[slot])
             parts.append(playing.next(world))
             each_j = (parts[-1].runs @ costs.joules) / len(parts[-1].kl)  # [N], of one token
@@ -188,7 +224,7 @@ def play(
             queues = selection_prices.update(queues, seen, dt_s / setting.looks, bounds)
         batch = joined(parts)
         tokens = len(batch.kl)
-        runs = batch.runs / tokens if runs is None else runs + SMOOTHING * (batch.runs / tokens - runs)
+        runs = batch.runs / tokens if runs is None else runs + setting.smoothing * (batch.runs / tokens - runs)
         each_j, each_s = runs @ costs.joules, runs @ costs.ms / 1000
         if admission == "cap":
             allowed_j, allowed_s = (heat_w - payload.idle_w) * dt_s, np.full(n, dt_s)
@@ -212,21 +248,30 @@ def play(
             "kl": batch.kl.mean(),
             "temp_c": state.temp_c,
             "avionics_c": avionics_c,
+            "battery_c": state.bus.temp_k[BATTERY] - KELVIN,
             "soc": soc,
             "power_w": power_w,
             "price": price,
             "runs": runs,
             "visits": batch.visits / tokens,
+            "token_latency_ms": batch.latency_ms,
+            "token_nats": batch.nats,
+            "token_kl": batch.kl,
+            "token_coverage": batch.coverage,
+            "token_bytes": batch.wire_bytes,
         }
         for name, value in row.items():
             trace[name][slot] = value
         if progress is not None:
             progress()
     over_s = (trace["temp_c"] > payload.limit_c).sum(0) * dt_s
-    return Trace(**trace, over_s=over_s, capacity_share=state.capacity_share)
+    digest = playing.decisions.sha256()
+    return Trace(**trace, over_s=over_s, capacity_share=state.capacity_share, decisions_sha256=digest)
 
 
-def _empty(s: int, n: int) -> dict[str, np.ndarray]:
-    shapes = {name: (s,) for name in ("tokens", "useful", "nats", "coverage", "kl")}
-    shapes |= {name: (s, n) for name in ("temp_c", "avionics_c", "soc", "power_w", "price", "visits")}
-    return {name: np.zeros(shape) for name, shape in (shapes | {"runs": (s, n, PRECISIONS)}).items()}
+def per_slot(s: int, n: int, t: int | None) -> dict[str, tuple[int | None, ...]]:
+    """Shapes of what a Trace holds per slot; `t` None: tokens of a slot, not known."""
+    shapes: dict[str, tuple[int | None, ...]] = {name: (s,) for name in ("tokens", "useful", "nats", "coverage", "kl")}
+    shapes |= {f"token_{name}": (s, t) for name in ("latency_ms", "nats", "kl", "coverage", "bytes")}
+    shapes |= {name: (s, n) for name in ("temp_c", "avionics_c", "battery_c", "soc", "power_w", "price", "visits")}
+    return shapes | {"runs": (s, n, PRECISIONS)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import sys
 import textwrap
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +16,86 @@ import numpy as np
 
 from firmware_sim.scenario import Scenario
 from ground_station import experiment as experiments
-from ground_station import experiment_bound
+from ground_station import experiment_bound, experiment_identity, experiment_sweep
 from ground_station.experiment import Experiment, Run
 from ground_station.experiment_orbit import Trace, surroundings
+from ground_station.experiment_store import Store
+from ground_station.experiment_sweep import Where
+from ground_station.experiment_text import CODEC
 
 POINT_SLOTS = 20
 """Slots of which a point of the bound is the mean: some hundred tokens. Of a slot's few, the luckiest would be a bound of luck."""
+NOTES = (
+    "latency_ms: of a token alone, summed over the layers the node that takes longest with its share, by the costs' ms; without the trunk, "
+    "queueing behind other tokens, the codec and the flight of frames",
+    f"bytes: both ways, of frames that carry one token: per layer and node that it visits a request (header, pairs, one input) and a reply "
+    f"(header, one partial sum), {CODEC} blocks of 8.5 bits per value; without frames sent again, ZeroMQ, TCP and the control plane",
+)
+"""What the figures of latency and bytes are, and leave out; the module's text of experiment_text.py says it in full."""
 
 
-def run(experiment: Experiment, scenario: Scenario, bundle: Path, with_bound: bool = True) -> dict:
-    """Plays the experiment, with a progress bar on a terminal.  Raises: what experiment.run raises."""
+def run(
+    experiment: Experiment,
+    scenario: Scenario,
+    bundle: Path,
+    with_bound: bool = True,
+    where: Where = Where(),
+    out: Path | None = None,
+    resume: bool = True,
+) -> dict:
+    """Plays the experiment, with a progress bar on a terminal; into the folder `out` (experiment_store.py) if there is one.
+
+    Raises: what Experiment.priced, experiment_sweep.play and experiment_store.Store raise.
+    """
+    experiment = experiment.priced(bundle)
+    if out is None:
+        runs = _played(experiment, scenario, bundle, where, None)
+        return _result(experiment, scenario, runs, with_bound, None)
+    with Store(out, experiment, scenario, bundle, resume) as store:
+        runs = _played(experiment, scenario, bundle, where, store)
+        result = _result(experiment, scenario, runs, with_bound, out)
+        rows = [row(experiment, scenario, each) for each in runs]
+        store.finish(runs, rows, surroundings(experiments.setting_of(experiment, scenario)), result)
+        return result
+
+
+def _result(
+    experiment: Experiment, scenario: Scenario, runs: tuple[Run, ...], with_bound: bool, out: Path | None
+) -> dict:
+    result = summary(experiment, scenario, runs)
+    result["bound"] = bound(experiment, scenario, runs, result["policies"]) if with_bound else None
+    return result | {"out": None if out is None else str(out)}
+
+
+def _played(
+    experiment: Experiment, scenario: Scenario, bundle: Path, where: Where, store: Store | None
+) -> tuple[Run, ...]:
+    """Every contender with every seed, in the order of experiment_sweep.tasks_of."""
     from tqdm import tqdm
 
-    total = len(experiment.seeds) * len(experiment.contenders)
-    with tqdm(total=total, unit="run", disable=None if sys.stderr is not None else True, leave=False) as bar:
+    def tell(text: str) -> None:
+        print(f"spacemoe: {text}", file=sys.stderr)
 
-        def show(text: str) -> None:
-            bar.set_description(text)
-            bar.update(bar.n < show.begun)
-            show.begun += 1
-
-        show.begun = 0
-        runs = experiments.run(experiment, scenario, bundle, show)
-    result = summary(experiment, scenario, runs)
-    return result | {"bound": bound(experiment, scenario, runs, result["policies"]) if with_bound else None}
+    number = {each.label: index for index, each in enumerate(experiment.contenders)}
+    found = {(number[each.contender.label], each.seed): each for each in (store.saved(tell) if store else ())}
+    if found:
+        tell(f"{len(found)} of {len(number) * len(experiment.seeds)} runs are in {store.folder} already")
+    tasks = experiment_sweep.tasks_of(experiment)
+    left = [task for task in tasks if task not in found]
+    sweep = experiment_sweep.Sweep(
+        experiment, scenario, bundle.absolute(), experiment_identity.parts(experiment, scenario, bundle)
+    )
+    disable = None if sys.stderr is not None else True
+    with (
+        tqdm(total=len(tasks), initial=len(found), unit="run", disable=disable, leave=False) as bar,
+        closing(experiment_sweep.play(sweep, left, where, bar.set_description)) as runs,
+    ):
+        for each in runs:
+            found[number[each.contender.label], each.seed] = each
+            if store is not None:
+                store.save(each)
+            bar.update()
+    return tuple(found[task] for task in tasks)
 
 
 def bound(experiment: Experiment, scenario: Scenario, runs: tuple[Run, ...], rows: list[dict]) -> dict:
@@ -74,13 +131,16 @@ def summary(experiment: Experiment, scenario: Scenario, runs: tuple[Run, ...]) -
     """For JSON: a row per contender, each figure as its mean and standard deviation over the seeds."""
     rows = []
     for contender in experiment.contenders:
-        figures = [_figures(experiment, scenario, each.trace) for each in runs if each.contender is contender]
-        row: dict[str, Any] = {"label": contender.label, "policy": contender.policy, "admission": contender.admission}
-        for key in figures[0]:
-            values = [each[key] for each in figures]
+        found = [figures(experiment, scenario, each.trace) for each in runs if each.contender.label == contender.label]
+        means: dict[str, Any] = {"label": contender.label, "policy": contender.policy, "admission": contender.admission}
+        for key in found[0]:
+            values = [each[key] for each in found]
             spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
-            row[key] = {"mean": round(float(np.mean(values)), 6), "sd": spread if spread is None else round(spread, 6)}
-        rows.append(row)
+            means[key] = {
+                "mean": round(float(np.mean(values)), 6),
+                "sd": spread if spread is None else round(spread, 6),
+            }
+        rows.append(means)
     return {
         "experiment": experiment.name,
         "scenario": scenario.name,
@@ -91,13 +151,30 @@ def summary(experiment: Experiment, scenario: Scenario, runs: tuple[Run, ...]) -
         "demand_tokens": experiment.slots * experiment.slot_s * experiment.tokens_per_s,
         "useful": f"coverage at least {experiment.coverage:g} in every layer and divergence at most {experiment.kl_nats:g} nats",
         "limit_c": scenario.payload.limit_c,
+        "notes": list(NOTES),
         "n": len(experiment.seeds),
         "policies": rows,
+        "runs": [
+            {"label": each.contender.label, "seed": each.seed, "decisions_sha256": each.trace.decisions_sha256}
+            for each in runs
+        ],
     }
 
 
-def _figures(experiment: Experiment, scenario: Scenario, trace: Trace) -> dict[str, float]:
-    """Sums and extremes of one run. perplexity_ratio: to the unconstrained model on the same tokens, weighted by what was served."""
+def row(experiment: Experiment, scenario: Scenario, run: Run) -> dict[str, Any]:
+    """One run as a row of runs.parquet."""
+    contender = run.contender
+    return (
+        {"label": contender.label, "policy": contender.policy, "admission": contender.admission, "seed": run.seed}
+        | figures(experiment, scenario, run.trace)
+        | {"decisions_sha256": run.trace.decisions_sha256, "wall_s": run.wall_s}
+    )
+
+
+def figures(experiment: Experiment, scenario: Scenario, trace: Trace) -> dict[str, float]:
+    """Sums and extremes of one run. perplexity_ratio: to the unconstrained model on the same tokens, weighted by what was served;
+    latency and bytes: of the tokens that were really read, each alike (NOTES).
+    """
     tokens = trace.tokens.sum()
     joules = (trace.power_w - scenario.payload.idle_w).sum() * experiment.slot_s
     weight = trace.tokens / max(tokens, 1e-12)
@@ -114,6 +191,9 @@ def _figures(experiment: Experiment, scenario: Scenario, trace: Trace) -> dict[s
         "final_soc": float(trace.soc[-1].min()),
         "least_coverage": float(trace.coverage.min()),
         "lost_capacity_ppm": float(1e6 * (scenario.power.start_capacity_share - trace.capacity_share.min())),
+        "latency_ms_p50": float(np.percentile(trace.token_latency_ms, 50)),
+        "latency_ms_p99": float(np.percentile(trace.token_latency_ms, 99)),
+        "bytes_per_token": float(trace.token_bytes.mean()),
     }
 
 

@@ -3,7 +3,7 @@
 ALGORITHMS.md, "Thermal and energy budget of a node": Z <- max(Z + E - budget, 0), and the price of a joule on a node from its queues
 and from barriers kappa / (x_max - x) on temperature, depth of discharge and queue length. A queue remembers what was spent over
 the budget; a barrier keeps the node from its limit however the budget was set. Leaves out: identifying C and R (twin.py),
-and what a policy does with a price.
+what a joule costs a battery's life (wear_price.py), and what a policy does with a price.
 
 All arrays are [N], one value per node; nan in an observation: unknown.
 """

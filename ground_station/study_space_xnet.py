@@ -14,17 +14,31 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from firmware_sim import eclipse, links, orbit, paths, sun
+from firmware_sim import eclipse, orbit, sun
+from firmware_sim.scenario import Constellation
+from ground_station import constellation_network as network
 from ground_station import placement_baselines as baselines
 from ground_station import placement_problem as pp
+from ground_station.constellation_network import path_ms
+from ground_station.constellation_placement import (
+    MARGIN,
+    NEAR,
+    OPTIMISED_SLOTS,
+    Model,
+    Room,
+    Variant,
+    mean_path,
+    packed,
+    problem,
+)
 from ground_station.placement import PlacementError
 from ground_station.placement_budgeted import budgeted
 from ground_station.placement_routing import popularity, routing_sets
 from ground_station.placement_serving import serve
 
 PUBLISHED_S = {"random": 5.29, "intra": 4.15, "central": 3.35, "rank": 1.05}
-SLEW_RAD_S = 0.12
-SURVIVAL = 0.95
+LINKS = network.Links(survival=0.95, slew_limit_rad_s=0.12)
+SEEN_IN_PLANE = 9  # 2 a sin(pi / 9) = 4739 km, under the 5017 km of the longest link at 550 km; with 8 it is 5303 km
 GFLOPS = 7.28
 # LLaMA-MoE-3.5B (LLaMA-2 7B with its feed-forward part cut into eighths): hidden 4096, intermediate 11008 / 8, three matrices
 EXPERT_MS = 2 * 3 * 4096 * 1376 / GFLOPS / 1e6
@@ -32,10 +46,9 @@ ATTENTION_MS = 2 * 4 * 4096 * 4096 / GFLOPS / 1e6
 TOP_K = 2
 ACTIVE_W = 10.0
 TOKENS_PER_S = 10.0
-COOL_W, HOT_W, MARGIN = 0.5, 0.05, 0.9
+COOL_W, HOT_W = 0.5, 0.05
 EXPERTS_PER_SATELLITE = 4
 INT4_BYTES, INT8_ERROR, INT4_ERROR = 0.5585, 0.012, 0.086
-OPTIMISED_SLOTS, NEAR = 4, 20
 GAINS = {"budgeted_gain": "budgeted", "budgeted_gain_at_equal_memory": "budgeted_one_copy"}
 ASSUMED = (
     "planes spread over 180 degrees (star), no phasing, no links over the seam",
@@ -64,43 +77,30 @@ class Options:
     heat: bool = True
 
     def __post_init__(self) -> None:
-        if self.planes < self.experts + 1 or self.per_plane < 3:
+        if self.planes < self.experts + 1 or self.per_plane < SEEN_IN_PLANE:
             raise PlacementError(
-                f"{self.planes} planes of {self.per_plane} satellites: a layer needs {self.experts + 1} planes, a ring 3 places"
+                f"{self.planes} planes of {self.per_plane} satellites: a layer needs {self.experts + 1} planes, and neighbours in a plane "
+                f"see each other over the Earth's limb from {SEEN_IN_PLANE} places on"
             )
         if self.planes * self.per_plane > 5000 or not 1 <= self.slots <= 2000 or not 1 <= self.seeds <= 100:
             raise PlacementError("at most 5000 satellites, 2000 slots and 100 seeds, at least one of each")
 
 
+def shape_of(options: Options, raan_deg: float = 0.0) -> Constellation:
+    """The constellation of the paper, its first plane's node at `raan_deg`."""
+    return Constellation("star", 550.0, 87.0, options.planes, options.per_plane, raan_deg=raan_deg)
+
+
 def networks(options: Options, seed: int, raan_deg: float = 0.0):
     """Graphs of one-way delays in ms, one per slot, and the number of links left out for their slew."""
-    rng = np.random.default_rng([seed, 1])
-    orbits = orbit.walker("star", 550.0, 87.0, options.planes, options.per_plane, raan_deg=raan_deg)
-    pairs = paths.plus_grid(options.planes, options.per_plane, seam=False)
-    slot_s = float(orbit.period_s(orbits.radius_km[0])) / options.slots
-    graphs, too_fast = [], 0
-    for slot in range(options.slots):
-        here, next_s = orbit.positions_km(orbits, slot * slot_s), orbit.positions_km(orbits, slot * slot_s + 1.0)
-        line, then = here[pairs[:, 1]] - here[pairs[:, 0]], next_s[pairs[:, 1]] - next_s[pairs[:, 0]]
-        slew = np.linalg.norm(np.cross(line, then - line), axis=1) / np.sum(line * line, axis=1)
-        good = (slew < SLEW_RAD_S) & (rng.random(len(pairs)) < SURVIVAL)
-        too_fast += int((slew >= SLEW_RAD_S).sum())
-        delay_ms = links.delay_s(paths.lengths_km(here, pairs)) * 1e3
-        graphs.append(paths.graph(len(here), pairs[good], delay_ms[good]))
-    return graphs, too_fast
+    slot_s = float(orbit.period_s(orbit.EARTH_RADIUS_KM + 550.0)) / options.slots
+    found = list(network.networks(shape_of(options, raan_deg), LINKS, options.slots, slot_s, seed))
+    return [graph for graph, _ in found], sum(fast for _, fast in found)
 
 
 def there_ms(graphs, gateways: np.ndarray) -> np.ndarray:
     """One way from each layer's gateway to each satellite [C, L, N], float32 (infinite where no path is)."""
-    return np.stack([paths.shortest(network, gateways)[0].astype(np.float32) for network in graphs])
-
-
-def path_ms(there: np.ndarray, gateways: np.ndarray, own: bool = False) -> np.ndarray:
-    """[C, L, N]: gateway of the layer -> satellite -> gateway of the next layer; `own`: back by its own gateway."""
-    if own:
-        on = there[:, np.arange(len(gateways)), np.roll(gateways, -1)]
-        return 2 * there + on[..., None]
-    return there + np.roll(there, -1, axis=1)
+    return np.stack([network.there_ms(graph, gateways) for graph in graphs])
 
 
 def _problem(
@@ -111,40 +111,21 @@ def _problem(
     sets = [routing_sets(row, TOP_K) for row in use]
     memory = np.full(satellites, 1_000_000 * (EXPERTS_PER_SATELLITE if heat else 1))
     memory[gateways] = 0
-    variants = ("int8", "int4") if heat else ("int8",)
-    sizes = np.array([1.0, INT4_BYTES])[: len(variants)]
-    joules = ACTIVE_W * EXPERT_MS / 1e3
-    return pp.Problem(
-        use=use,
-        mass=use / TOP_K,
-        sets=np.stack([s for s, _ in sets]),
-        weights=np.stack([w for _, w in sets]),
-        variants=variants,
-        bytes=(1e6 * sizes).astype(np.int64),
-        ms=np.full(len(variants), EXPERT_MS),
-        joules=np.full(len(variants), joules if heat else 0.0),
-        error=np.array([INT8_ERROR, INT4_ERROR])[: len(variants)],
-        nodes=tuple(f"p{n // options.per_plane}s{n % options.per_plane}" for n in range(satellites)),
-        memory=memory,
-        speed=np.ones(satellites),
-        limit_w=heat["limit_w"] if heat else np.full(satellites, np.inf),
-        energy_j=np.full(satellites, np.inf),
-        path_ms=path,
-        chances=np.full(len(path), 1.0 / len(path)),
-        tokens_per_s=TOKENS_PER_S,
-        horizon_s=5739.0,
-        fleet_bytes=int(1.25e6 * use.size) if heat else int(1e6 * use.size),
-        rings=tuple(n % options.per_plane for n in range(satellites)),
-        prices=pp.Prices(miss_ms=1000.0, error_ms=5.0, store_ms_per_mb=1e-4, move_ms_per_mb=0.0),
-        gateway="the layer's gateway",
+    joules = ACTIVE_W * EXPERT_MS / 1e3 if heat else 0.0
+    variants = (
+        Variant("int8", 1.0, EXPERT_MS, joules, INT8_ERROR),
+        Variant("int4", INT4_BYTES, EXPERT_MS, joules, INT4_ERROR),
     )
-
-
-def _mean(path: np.ndarray) -> np.ndarray:
-    """[1, L, N]: over the slots in which a satellite is reached."""
-    known = np.isfinite(path)
-    total = np.where(known, path, 0.0).sum(0, dtype=float)
-    return np.where(known.any(0), total / np.maximum(known.sum(0), 1), np.inf)[None]
+    model = Model(
+        use,
+        np.stack([s for s, _ in sets]),
+        np.stack([w for _, w in sets]),
+        use / TOP_K,
+        variants if heat else variants[:1],
+    )
+    limit_w = heat["limit_w"] if heat else np.full(satellites, np.inf)
+    fleet_bytes = int((1.25e6 if heat else 1e6) * use.size)
+    return problem(model, Room(memory, limit_w, fleet_bytes, TOKENS_PER_S, 5739.0), options.per_plane, path)
 
 
 def one_each(options: Options, seed: int) -> dict[str, dict[str, float]]:
@@ -152,24 +133,23 @@ def one_each(options: Options, seed: int) -> dict[str, dict[str, float]]:
     rng = np.random.default_rng([seed, 2])
     graphs, _ = networks(options, seed)
     use = np.stack([popularity(options.experts, TOP_K, 0.5, rng) for _ in range(options.per_plane)])
-    places = np.arange(options.per_plane)
-    central = options.planes // 2 * options.per_plane + places
-    in_ring = rng.integers(0, options.planes, options.per_plane) * options.per_plane + places
-    anywhere = rng.choice(options.planes * options.per_plane, options.per_plane, replace=False)
-    result = {}
-    for name, policy, gateways in (
-        ("random", baselines.random, anywhere),
-        ("intra", baselines.intra, in_ring),
-        ("central", baselines.intra, central),
-        ("rank", baselines.ring, central),
+    state, result, known = rng.bit_generator.state, {}, {}
+    for name, policy, kind in (
+        ("random", baselines.random, "anywhere"),
+        ("intra", baselines.intra, "ring"),
+        ("central", baselines.intra, "central"),
+        ("rank", baselines.ring, "central"),
     ):
-        if name != "rank":  # it has the gateways of "central"
-            there = there_ms(graphs, gateways)
+        rng.bit_generator.state = state  # every kind on the same draw
+        gateways = network.gateways(kind, options.per_plane, shape_of(options), rng)
+        if kind not in known:
+            known = {kind: there_ms(graphs, gateways)}
+        there = known[kind]
         path = path_ms(there, gateways)
-        problem = _problem(options, use, _mean(path), gateways)
-        copies = policy(problem, seed)
-        latency, skipped = _measure(problem, copies, path)
-        back, _ = _measure(problem, copies, path_ms(there, gateways, own=True))
+        task = _problem(options, use, mean_path(path), gateways)
+        copies = policy(task, seed)
+        latency, skipped = _measure(task, copies, path)
+        back, _ = _measure(task, copies, path_ms(there, gateways, own=True))
         result[name] = {"s": latency, "through_own_gateway_s": back, "skipped": skipped}
     return result
 
@@ -190,7 +170,7 @@ def _measure(problem: pp.Problem, copies, path: np.ndarray) -> tuple[float, floa
 
 def allowed_w(options: Options, raan_deg: float) -> np.ndarray:
     """Average watts for experts per satellite from its plane's eclipse fraction: the longer in shadow, the cooler."""
-    orbits = orbit.walker("star", 550.0, 87.0, options.planes, options.per_plane, raan_deg=raan_deg)
+    orbits = network.orbits_of(shape_of(options, raan_deg))
     beta = sun.beta_rad(orbit.normals(orbits), sun.direction(0.0))
     shade = eclipse.eclipse_fraction(550.0, beta) / float(eclipse.eclipse_fraction(550.0, 0.0))
     return HOT_W + (COOL_W - HOT_W) * shade
@@ -207,7 +187,7 @@ def several_each(options: Options, seed: int) -> dict[str, dict[str, float]]:
     heat = {"limit_w": allowed_w(options, raan_deg)}
     margin = {"limit_w": MARGIN * heat["limit_w"]}  # the slots that budgeted knows are a sample
     whole = _problem(options, use, path, gateways, heat)
-    mean = _problem(options, use, _mean(path), gateways, heat)
+    mean = _problem(options, use, mean_path(path), gateways, heat)
     chosen = np.linspace(0, len(path) - 1, min(OPTIMISED_SLOTS, len(path))).astype(int)
     known = _problem(options, use, path[chosen], gateways, margin)
     placements = {
@@ -232,17 +212,6 @@ def several_each(options: Options, seed: int) -> dict[str, dict[str, float]]:
             "megabytes": found.store_bytes / 1e6,
         }
     return result
-
-
-def packed(problem: pp.Problem) -> list[pp.Copy]:
-    """The rank match with as many experts on the nearest satellite of the ring as it holds, then the next."""
-    room, path, rings = baselines.Room(problem), baselines.expected_path_ms(problem), baselines.subnets(problem)
-    for layer in range(problem.layers):
-        inside = np.flatnonzero(rings == layer)
-        order = inside[np.argsort(path[layer, inside], kind="stable")]
-        for expert in np.argsort(-problem.use[layer], kind="stable"):
-            room.first(layer, int(expert), 0, order)
-    return room.copies
 
 
 def _table(rows: list[dict[str, dict[str, float]]]) -> dict[str, dict]:

@@ -41,7 +41,20 @@ def _parser() -> argparse.ArgumentParser:
     selftest.add_argument(
         "--bundle", type=Path, metavar="DIR", help="verify every file of this bundle and time its experts"
     )
-    selftest.add_argument("--sysroot", type=Path, default=Path("/"), metavar="DIR", help="folder that /sys is below")
+    place = selftest.add_mutually_exclusive_group()
+    place.add_argument("--sysroot", type=Path, default=Path("/"), metavar="DIR", help="folder that /sys is below")
+    place.add_argument(
+        "--config", type=Path, metavar="FILE", help="the agent's TOML file: its sysroot, board and [power_model]"
+    )
+    selftest.add_argument("--board", metavar="NAME", help="the kind of board, for the costs of its experts")
+    selftest.add_argument(
+        "--burst-s",
+        type=float,
+        default=2.0,
+        metavar="S",
+        help="with --bundle and a power sensor: joules from three rests and bursts of so long for each precision, on a board "
+        "that does nothing else; 0: no joules (default: %(default)s)",
+    )
     selftest.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     sensors = commands.add_parser("sensors", help="list the sensors found, and read each once")
     where = sensors.add_mutually_exclusive_group()
@@ -71,8 +84,17 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _selftest(arguments: argparse.Namespace) -> int:
     from node_agent import selftest
+    from node_agent.errors import ConfigError
 
-    report = selftest.run(arguments.bundle, arguments.sysroot)
+    if not 0 <= arguments.burst_s <= 600:
+        raise ConfigError(f"--burst-s {arguments.burst_s:g} is not between 0 and 600")
+    sysroot, model, board = arguments.sysroot, None, arguments.board
+    if arguments.config is not None:
+        from node_agent import config
+
+        settings = config.load(arguments.config)
+        sysroot, model, board = settings.node.sysroot, settings.power_model, board or settings.node.board
+    report = selftest.run(arguments.bundle, sysroot, board or "unknown", model, arguments.burst_s)
     print(json.dumps(selftest.as_tree(report), indent=1) if arguments.json else selftest.as_table(report))
     return EXIT_OK if report.ok else EXIT_FAILED
 

@@ -1,7 +1,7 @@
 """Self-test of a board: is everything here that an agent needs, does it compute correctly, and how fast are a bundle's experts.
 
 Without a bundle nothing is timed and nothing is made up. The built-in expert (selftest_graph.py) checks the kernels.
-Leaves out: the network (broker, ground station) and long runs under heat.
+Leaves out: how ms and joules are measured (selftest_costs.py), the network (broker, ground station) and long runs under heat.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import statistics
 import sys
 import tempfile
 import textwrap
@@ -22,14 +21,15 @@ from typing import Any, Callable
 import numpy as np
 
 from node_agent import selftest_graph
+from node_agent.config import PowerModelConfig
+from node_agent.costs import BoardCosts, words
 
 PACKAGES = ("numpy", "onnxruntime", "paho-mqtt", "psutil", "pyzmq", "cryptography")
 MIN_FREE_BYTES = 200_000_000
 EARLIEST_CLOCK_S = 1_767_225_600  # 2026-01-01: before it a board's clock was not set, and TLS would fail
 EXPERT_TOLERANCE = 0.05  # 8-bit activations against float64; measured 0.011 on AVX2
 COLUMNS = 80
-TIMED_RUNS = 30
-WARM_RUNS = 5
+BURST_S = 2.0  # of each rest and each burst under the meter
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one expert for one row: n runs of each shard timed, over all shards of a precision."""
+    """Milliseconds of one expert for one row: n runs, over the timed shards of a precision."""
 
     precision: str
     n: int
@@ -54,10 +54,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class Report:
-    """`timings` is empty without a bundle."""
+    """`timings` is empty without a bundle; `costs` is what `spacemoe bundle costs` stores."""
 
     checks: tuple[Check, ...]
     timings: tuple[Timing, ...]
+    costs: BoardCosts | None = None
 
     @property
     def ok(self) -> bool:
@@ -156,14 +157,14 @@ def _disk() -> tuple[bool, str]:
     )
 
 
-def _bundle(root: Path) -> tuple[list[Check], list[Timing]]:
-    """Verifies every listed file; then loads one shard after the other and times it for one row."""
+def _bundle(root: Path, *how: Any) -> tuple[list[Check], BoardCosts | None]:
+    """Verifies every listed file; then loads one shard after the other and measures it. `how`: as selftest_costs.measure."""
     from node_agent import shard
 
     try:
         manifest = shard.read_manifest(root)
     except shard.BundleError as error:
-        return [Check("bundle manifest", False, str(error))], []
+        return [Check("bundle manifest", False, str(error))], None
     entries = [*manifest.files, *(item for part in (*manifest.segments, *manifest.shards) for item in part.files)]
     unique = {entry.path: entry for entry in entries}
     checks, damaged = [Check("bundle manifest", True, f"{manifest.name}, {len(manifest.shards)} shards")], 0
@@ -178,35 +179,31 @@ def _bundle(root: Path) -> tuple[list[Check], list[Timing]]:
         Check("bundle files", not damaged, f"{len(unique) - damaged} of {len(unique)} are as the manifest says")
     )
     if damaged:
-        return checks, []
-    timings: dict[str, list[float]] = {}
-    check = _guarded("bundle experts", lambda: _time_shards(root, manifest, timings))
-    return [*checks, check], [_timing(precision, ms) for precision, ms in timings.items()]
+        return checks, None
+    found: list[BoardCosts] = []
+
+    def experts() -> tuple[bool, str]:
+        from node_agent import selftest_costs
+
+        costs = selftest_costs.measure(root, manifest, *how)
+        if isinstance(costs, str):
+            return False, costs
+        found.append(costs)
+        return True, f"{len(manifest.shards)} shards run"
+
+    checks.append(_guarded("bundle experts", experts))
+    return checks, found[0] if found else None
 
 
-def _time_shards(root: Path, manifest: Any, timings: dict[str, list[float]]) -> tuple[bool, str]:
-    from node_agent.experts import open_session
-
-    x = np.random.default_rng(0).standard_normal((1, manifest.dims.hidden)).astype(np.float32)
-    for entry in manifest.shards:
-        session = open_session(root / entry.files[0].path)
-        for run in range(WARM_RUNS + TIMED_RUNS):
-            start = time.perf_counter()
-            y = session.run(["y"], {"x": x})[0]
-            if run >= WARM_RUNS:
-                timings.setdefault(entry.precision, []).append((time.perf_counter() - start) * 1e3)
-        if y.shape != x.shape or not np.isfinite(y).all():
-            return False, f"{entry.files[0].path} gives a result that is not finite: write the bundle again"
-    return True, f"{len(manifest.shards)} shards run"
-
-
-def _timing(precision: str, ms: list[float]) -> Timing:
-    ms = sorted(ms)
-    return Timing(precision, len(ms), statistics.median(ms), ms[len(ms) // 10], ms[len(ms) * 9 // 10])
-
-
-def run(bundle: Path | None = None, sysroot: Path = Path("/")) -> Report:
-    """All checks, in order; none stops the others."""
+def run(
+    bundle: Path | None = None,
+    sysroot: Path = Path("/"),
+    board: str = "unknown",
+    model: PowerModelConfig | None = None,
+    burst_s: float = BURST_S,
+) -> Report:
+    """All checks, in order; none stops the others. `board`: what it is called in the costs; `model`: for joules without a power
+    sensor; `burst_s`: seconds of each rest and burst under the meter, 0 for no joules."""
     checks = [_guarded("python", _python)]
     checks += [_guarded(name, lambda name=name: _package(name)) for name in PACKAGES]
     checks += [
@@ -216,11 +213,11 @@ def run(bundle: Path | None = None, sysroot: Path = Path("/")) -> Report:
         _guarded("clock", _clock),
         _guarded("disk", _disk),
     ]
-    timings: list[Timing] = []
-    if bundle is not None:
-        more, timings = _bundle(bundle)
-        checks += more
-    return Report(tuple(checks), tuple(timings))
+    if bundle is None:
+        return Report(tuple(checks), ())
+    more, costs = _bundle(bundle, board, sysroot, model, burst_s)
+    timings = () if costs is None else tuple(Timing(each.precision, **asdict(each.row)) for each in costs.costs)
+    return Report((*checks, *more), timings, costs)
 
 
 def as_tree(report: Report) -> dict[str, Any]:
@@ -236,7 +233,6 @@ def _wrapped(line: str) -> str:
 def as_table(report: Report) -> str:
     """For people."""
     lines = [_wrapped(f"{'ok  ' if check.ok else 'FAIL'} {check.name:20} {check.text}") for check in report.checks]
-    for t in report.timings:
-        spread = f"p10 {t.p10_ms:.3f}, p90 {t.p90_ms:.3f}"
-        lines.append(f"     {t.precision:20} {t.median_ms:.3f} ms per row (median; {spread}; n {t.n})")
+    if report.costs is not None:
+        lines += [_wrapped(f"     {line}") for line in words(report.costs)]
     return "\n".join(lines)

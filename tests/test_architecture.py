@@ -37,6 +37,10 @@ CONTRACT = (
     # A stranger's file is read with the same bounds wherever it lies.
     "node_agent.npz_file",
     "node_agent.toml_file",
+    # What a board's self-test measured is checked alike where it is written, stored and read.
+    "node_agent.costs",
+    # A file is put into a finished bundle in one way, whoever does it.
+    "node_agent.bundle_file",
     # What paho lacks, it lacks at both ends of the control plane.
     "node_agent.mqtt_mend",
 )

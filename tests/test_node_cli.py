@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from node_rig import EXPERTS, LAYERS, PRECISIONS, make_bundle, toml
 
-from node_agent import selftest
+from node_agent import selftest, selftest_costs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -76,7 +76,7 @@ def test_selftest_of_a_bundle_verifies_and_times(tmp_path):
     assert report.ok
     assert [timing.precision for timing in report.timings] == list(PRECISIONS)
     for timing in report.timings:
-        assert timing.n == LAYERS * EXPERTS * selftest.TIMED_RUNS
+        assert timing.n == LAYERS * EXPERTS * selftest_costs.TIMED_RUNS
         assert 0 < timing.p10_ms <= timing.median_ms <= timing.p90_ms
     path = tmp_path / "experts/L01E002.int4.bin"
     data = bytearray(path.read_bytes())
