@@ -73,6 +73,14 @@ def add(commands, command) -> None:
     )
     route = command("routing", "shards over paced links beside the contact plan (emulated)", _benchmark_routing, kinds)
     route.add_argument("--rounds", type=positive, default=5, help="counted transfers per link (default: %(default)s)")
+    links = command(
+        "links", "hidden states over emulated links beside the plan, and what follows the link", _benchmark_links, kinds
+    )
+    links.add_argument("--bundle", type=Path, help="bundle to run (default: the reference model)")
+    links.add_argument("--text", type=Path, help="folder of .txt/.jsonl or one file (default: held-out text)")
+    links.add_argument("--rounds", type=positive, default=3, help="counted rounds per link (default: %(default)s)")
+    links.add_argument("--tokens", type=positive, default=24, help="decoded per round (default: %(default)s)")
+    links.add_argument("--text-tokens", type=positive, default=2560, help="held-out tokens (default: %(default)s)")
     idle = command("agent", "processor time of idle agents: sampling, guard and telemetry", _benchmark_agent, kinds)
     idle.add_argument("--bundle", type=Path, help="bundle (default: the reference model)")
     idle.add_argument("--seconds", type=positive, default=10, help="of one window (default: %(default)s)")
@@ -202,6 +210,15 @@ def _benchmark_routing(args: argparse.Namespace) -> int:
         synthetic(folder / "bundle", 512, 512, 1, 2, 1, precision=("fp32", "int8", "int4"), vocab=256)
         result = benchmark_routing.routing(folder / "bundle", args.rounds)
     print(json.dumps(result) if args.json else benchmark_routing.report(result))
+    return EXIT_OK if result["holds"] else EXIT_CHECK
+
+
+def _benchmark_links(args: argparse.Namespace) -> int:
+    from ground_station import benchmark_links
+
+    text = args.text or reference_bundle().parent / "heldout"
+    result = benchmark_links.run(bundle_of(args), text, args.rounds, args.tokens, args.text_tokens)
+    print(json.dumps(result) if args.json else benchmark_links.report(result))
     return EXIT_OK if result["holds"] else EXIT_CHECK
 
 

@@ -1,6 +1,6 @@
-"""`spacemoe demo`: its arguments, and the one call that runs it.
+"""`spacemoe demo` and `spacemoe replay`: their arguments, and the one call that runs each.
 
-Leaves out: the demo itself (demo.py).
+Leaves out: the demo itself (demo.py), the replay (replay.py).
 """
 
 from __future__ import annotations
@@ -56,18 +56,52 @@ def add(commands, command) -> None:
         metavar="FILE",
         help="virtual satellites for the boards: a scenario file, or one of the kit's by name (hot-eclipse)",
     )
+    demo.add_argument(
+        "--links", action="store_true", help="impose the scenario's links on hidden states (default: they are shown)"
+    )
+    demo.add_argument(
+        "--link-ms",
+        type=float,
+        metavar="MS",
+        help="with --links and --codec importance: time on links that a token's messages are coded to fit into",
+    )
     demo.add_argument("--broker", default="auto", help="auto, mosquitto, embedded or HOST:PORT (default: %(default)s)")
     demo.add_argument("--keep", type=Path, metavar="DIR", help="keep logs and simulated boards in DIR")
     demo.add_argument("--ledger", type=Path, metavar="FILE", help="write one JSON line per token to FILE")
+    demo.add_argument("--record", type=Path, metavar="DIR", help="write what `spacemoe replay DIR` needs to repeat it")
     demo.add_argument(
         "--no-parity", action="store_true", help="skip the single-process run that the text is checked against"
     )
+    replay = command(
+        "replay", "repeat the decisions of a recorded run without boards, and compare them one by one", _replay
+    )
+    replay.add_argument("recording", type=Path, metavar="DIR", help="folder of `spacemoe demo --record DIR`")
+    replay.add_argument("--bundle", type=Path, help="bundle of the recorded run (default: the reference model)")
 
 
 def _sampling_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     sub.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default: %(default)s)")
     sub.add_argument("--seed", type=int, default=0, help="of sampling and of the random policy (default: %(default)s)")
+
+
+def _source(args: argparse.Namespace) -> str:
+    if not args.scenario or args.record is None:
+        return ""
+    from ground_station import scenario_demo
+
+    return scenario_demo.source(args.scenario)
+
+
+def _replay(args: argparse.Namespace) -> int:
+    try:
+        from ground_station import replay
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f"replay needs {error.name}: pip install 'spacemoe-kit[sim]'") from None
+
+    result = replay.run(args.recording, bundle_of(args))
+    print(json.dumps(result) if args.json else replay.report(result))
+    return EXIT_CHECK if result["equal"] is False else EXIT_OK
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -97,6 +131,10 @@ def _demo(args: argparse.Namespace) -> int:
         ledger=args.ledger,
         parity=not args.no_parity,
         scenario=scenario_of(args.scenario) if args.scenario else None,
+        scenario_source=_source(args),
+        links=args.links,
+        link_ms=args.link_ms,
+        record=args.record,
     )
     quiet = args.json
     try:

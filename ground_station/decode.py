@@ -65,10 +65,10 @@ class Decoder:
         started = time.perf_counter_ns()
         choice = self.policy(layer, logits) if self.world is None else self.policy(layer, logits, self.world)
         selected = time.perf_counter_ns()
-        if choice.nodes is None:
-            out = self.experts.run(layer, hidden, choice.experts, choice.gates)
+        named = None if choice.nodes is None else Named(choice.nodes, choice.precisions)
+        if isinstance(self.experts, RemoteExperts):  # its ladder may need the router's next expert
+            out = self.experts.run(layer, hidden, choice.experts, choice.gates, named, logits)
         else:
-            named = Named(choice.nodes, choice.precisions)
             out = self.experts.run(layer, hidden, choice.experts, choice.gates, named)
         self._select_ns += selected - started
         self._moe_ns += time.perf_counter_ns() - selected

@@ -6,6 +6,7 @@ compared bit by bit. Leaves out: sockets (link.py) and sessions (local.py).
 
 from __future__ import annotations
 
+import math
 from copy import copy as same_but
 from typing import Callable, NamedTuple
 
@@ -162,6 +163,66 @@ class Named(NamedTuple):
         """Without the names of nodes that are not usable."""
         keep = np.array([*usable, False])[self.nodes]  # -1 is the last
         return Named(np.where(keep, self.nodes, -1), self.precisions)
+
+
+class StandIn(NamedTuple):
+    """In `row`, `expert` runs with `gate` in place of `lost`, of which no copy can be reached; `lost_gate` was the gate of that one."""
+
+    row: int
+    lost: int
+    lost_gate: float
+    expert: int
+    gate: float
+
+
+GATE_RULES = ("router", "lost")
+
+
+def taken(experts: np.ndarray, gates: np.ndarray, count: int) -> np.ndarray:
+    """bool [T, count]: the experts that each row runs, from experts int [T, K] and gates [T, K]."""
+    found = np.zeros((len(experts), count), bool)
+    rows, columns = np.nonzero(gates)
+    found[rows, experts[rows, columns]] = True
+    return found
+
+
+def stand_ins(
+    experts: np.ndarray,
+    gates: np.ndarray,
+    logits: np.ndarray,
+    reachable: np.ndarray,
+    busy: np.ndarray | None = None,
+    rule: str = "router",
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[StandIn]]:
+    """The ladder's rung "similar expert": for each pair out of reach the row's next expert by the router's logits.
+
+    experts int [T, K], gates float32 [T, K], logits [T, E], reachable bool [E]; busy bool [T, E]: what the row runs already
+    (None: `taken` of these). A stand-in is reachable, not busy in that row, and stands in once; the pair of the largest gate is
+    served first. `rule`: "router" gives it the lost gate times exp(difference of their logits), its own by the model's softmax once
+    the caller restores the row's sum of gates; "lost" the whole gate of the one it stands in for (a control: worse than to skip).
+    Returns experts, gates with the stand-ins in their places, the gate mass [T] that nobody took over, and the stand-ins.
+    """
+    busy = taken(experts, gates, logits.shape[1]) if busy is None else busy
+    experts, gates = experts.copy(), gates.copy()
+    lost = np.zeros(len(experts), np.float64)
+    found: list[StandIn] = []
+    out = (gates != 0) & ~reachable[experts]
+    for row in np.flatnonzero(out.any(1)).tolist():
+        open_to = reachable.copy()
+        open_to[busy[row]] = False
+        candidates = iter(sorted(np.flatnonzero(open_to).tolist(), key=lambda e: -logits[row, e]))
+        for column in sorted(np.flatnonzero(out[row]).tolist(), key=lambda c: -gates[row, c]):
+            expert, gate = int(experts[row, column]), float(gates[row, column])
+            stand_in = next(candidates, None)
+            if stand_in is None:
+                lost[row] += gate
+                continue
+            apart = min(0.0, float(logits[row, stand_in] - logits[row, expert])) if rule == "router" else 0.0
+            own = gate * math.exp(apart)
+            lost[row] += gate - own
+            experts[row, column], gates[row, column] = stand_in, own
+            found.append(StandIn(row, expert, gate, stand_in, own))
+    return experts, gates, lost, found
 
 
 def split(

@@ -24,6 +24,7 @@ MAX_PEERS = 4096  # nodes that have ever said HELLO and are remembered; a ROUTER
 FORGET_S = 60.0  # when all places are taken, who was silent for longer gives way, the longest gone first
 QUARANTINE_S = 0.5  # after a failure: HELLOs queued before it must not bring the node back
 DRAIN_S = 0.02  # for what has come already: a flood must not keep the caller past its deadline
+OUT_OF_CONTACT = "out of contact"  # of emulated links (paced_link.py), in the ladder's record
 TAKEN_AT_ONCE = 1024  # messages of one call: whoever sends without end must not keep the caller for ever
 FOR_GROUND = frozenset((frame.HELLO, frame.PARTIAL, frame.ERROR, frame.PONG))
 
@@ -50,6 +51,16 @@ class Failure:
 
     kind: str
     text: str = ""
+
+    @property
+    def why(self) -> str:
+        """In a word or three, for the ladder's record."""
+        return self.kind
+
+
+def late(timeout_s: float) -> Failure:
+    """Of a node that gave no answer in time."""
+    return Failure("late", f"no answer within {timeout_s:.2f} s")
 
 
 def is_loopback(endpoint: str) -> bool:
@@ -173,6 +184,14 @@ class Link:
         peer = self.peers.get(node)
         return peer is not None and peer.up and time.monotonic() - peer.last_seen_s < HELLO_GRACE_S
 
+    def why_down(self, node: str) -> str:
+        """Of a node that is not up, in a few words for the ladder's record."""
+        return "node is down"
+
+    def hold(self, nodes: list[str]) -> bool:
+        """Waits for one of `nodes`, of which none is up, where waiting may help; whether there may be one now."""
+        return False
+
     def mark_down(self, node: str, failure: Failure) -> None:
         """Takes a node out of use until its next HELLO after a short quarantine."""
         peer = self.peers.get(node)
@@ -202,22 +221,36 @@ class Link:
         decoded here) or why there is none. Nodes are not marked down: the caller decides.
         """
         results: dict[str, frame.Frame | Failure] = {}
-        self._wanted.clear()
+        self.dismiss()
         for node, (request_id, data) in requests.items():
-            try:
-                self._router.send(node.encode(), data)
-                self._wanted[request_id] = node
-            except QueueFull as error:
-                results[node] = Failure("late", str(error))
-            except Unreachable as error:
-                results[node] = Failure("unreachable", str(error))
+            if (failure := self.ask(node, request_id, data)) is not None:
+                results[node] = failure
         end_s = time.monotonic() + timeout_s
         while self._wanted and (left_s := end_s - time.monotonic()) > 0:
-            self._receive(left_s, results)
+            self.gather(left_s, results)
         for node in self._wanted.values():
-            results[node] = Failure("late", f"no answer within {timeout_s:.2f} s")
-        self._wanted.clear()
+            results[node] = late(timeout_s)
+        self.dismiss()
         return results
+
+    def ask(self, node: str, request_id: int, data: bytes) -> Failure | None:
+        """Sends one frame, whose answer `gather` then waits for; why it could not be sent, or None."""
+        try:
+            self._router.send(node.encode(), data)
+        except QueueFull as error:
+            return Failure("late", str(error))
+        except Unreachable as error:
+            return Failure("unreachable", str(error))
+        self._wanted[request_id] = node
+        return None
+
+    def dismiss(self) -> None:
+        """Nobody waits for answers to what was asked so far: they count as unasked when they come."""
+        self._wanted.clear()
+
+    def gather(self, timeout_s: float, results: dict[str, frame.Frame | Failure]) -> None:
+        """Waits up to `timeout_s` for something to come, and adds the answers among it to `results`."""
+        self._receive(timeout_s, results)
 
     def _receive(self, timeout_s: float, results: dict[str, frame.Frame | Failure] | None = None) -> None:
         """Takes in what arrives within `timeout_s`; with `results`, returns as soon as the last wanted answer is there."""

@@ -32,23 +32,24 @@ class Coder(Protocol):
 
 
 class Importance:
-    """The codec `importance` with an allocator's steps, exactly as RemoteExperts and a node use it."""
+    """The codec `importance` with an allocator's steps, exactly as RemoteExperts and a node use it. `node`: whose messages are next."""
 
     def __init__(self, allocator: Allocator):
         self.allocator = allocator
+        self.node: int | None = None
 
     def begin(self, layer: int) -> None:
         self.allocator.begin(layer)
 
     def request(self, layer: int, x: np.ndarray, pairs: np.ndarray) -> Coded:
-        return self._coded(x, self.allocator.input_steps(layer, x, pairs))
+        return self._coded(x, self.allocator.input_steps(layer, x, pairs, self.node))
 
     def reply(self, layer: int, y: np.ndarray) -> Coded:
-        return self._coded(y, frame.sent_step(self.allocator.reply_step(layer)))
+        return self._coded(y, frame.sent_step(self.allocator.reply_step(layer, self.node)))
 
     def _coded(self, x: np.ndarray, step: np.ndarray | float) -> Coded:
         payload = compress.encode("importance", x, step)
-        self.allocator.spent(len(payload), x.size)
+        self.allocator.spent(len(payload), x.size, self.node)
         return compress.decode(compress.CODECS["importance"].id, payload, *x.shape), len(payload)
 
 
@@ -72,6 +73,8 @@ class WiredExperts(LocalExperts):
             return self.session(layer, expert, precision).run(["y"], {"x": rows})[0]
 
         for item in work:
+            if isinstance(self.coder, Importance):
+                self.coder.node = item.node
             x, sent = self.coder.request(layer, hidden if item.rows is None else hidden[item.rows], item.pairs)
             y, received = self.coder.reply(layer, partial_sum(x, item.pairs, run_expert))
             dispatch.add_partial(total, item, y)

@@ -1,8 +1,8 @@
 """Experts on nodes: sends a layer's work to all nodes at once, sums what comes back, and climbs down the fallback ladder.
 
-Ladder (ALGORITHMS): retry -> replica -> lower-precision replica -> skip with renormalised gates. Every rung that is used is
-recorded with the loss it stands for; never an exception to the user while one rung is left. ("Similar expert" needs
-calibrated distances and comes with the policies.)
+Ladder (ALGORITHMS): retry -> replica -> lower-precision replica -> similar expert -> skip with renormalised gates. Every rung that
+is used is recorded with the loss it stands for; never an exception to the user while one rung is left. The similar expert is the
+router's next one for that row that is in reach, with its own gate by the model's rule (dispatch.stand_ins); it needs the router's logits.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ground_station import dispatch
-from ground_station.link import Failure, Link
+from ground_station.link import OUT_OF_CONTACT, Failure, Link
 from ground_station.rates import Allocator
 from node_agent import compress, frame
+
+if TYPE_CHECKING:
+    from ground_station.paced_link import PacedLink
 
 TIMEOUT_S = 1.0
 TIMEOUT_PER_ROW_S = 0.02
@@ -25,7 +29,8 @@ TIMEOUT_PER_ROW_S = 0.02
 
 @dataclass(frozen=True)
 class Rung:
-    """One step down the ladder for one expert of one layer. `loss` is the share of gate mass that is lost (skip) or 0."""
+    """One step down the ladder for one expert of one layer. `loss`: of a row's gate mass what is left out (skip) or run by another
+    expert (similar_expert, whose `node` is the stand-in's), the most of the rows; else 0."""
 
     rung: str
     layer: int
@@ -54,7 +59,7 @@ class RemoteExperts:
 
     def __init__(
         self,
-        link: Link,
+        link: Link | PacedLink,
         table: dispatch.Table,
         codec: str,
         reply_codec: str | None = None,
@@ -70,6 +75,7 @@ class RemoteExperts:
         self.timeout_s = timeout_s
         self.traffic = Traffic()
         self.served: Counter[str] = Counter()
+        self.out_of_contact: Counter[str] = Counter()  # rungs that were used because a contact was closed or ended
         self._request_id = 0
 
     def run(
@@ -79,30 +85,41 @@ class RemoteExperts:
         experts: np.ndarray,
         gates: np.ndarray,
         named: dispatch.Named | None = None,
+        logits: np.ndarray | None = None,
     ) -> np.ndarray:
-        """sum of gate * expert(hidden), float32 [T, D], for chosen experts [T, K] and their gates."""
+        """sum of gate * expert(hidden), float32 [T, D], for chosen experts [T, K] and their gates.
+
+        `logits` [T, E], the router's: with them a similar expert takes the place of one that nobody can run.
+        """
         total = np.zeros_like(hidden)
         if self.allocator is not None:
             self.allocator.begin(layer)
         self.link.drain()
         up = [self.link.is_up(node) for node in self.table.nodes]
+        if not any(up) and self.link.hold(self.table.nodes):
+            up = [self.link.is_up(node) for node in self.table.nodes]
         everyone = partial(dispatch.assign, self.table)
         if named is not None and not all(up):
             named = named.among(up)
-        work = dispatch.split(layer, experts, gates, everyone if all(up) else self._assign(up, "node is down"), named)
-        lost = np.zeros(len(hidden)) if all(up) else self._lost_rows(layer, experts, gates, up, "no copy is reachable")
+        whole, lost = gates.sum(1), np.zeros(len(hidden))
+        if not all(up):
+            experts, gates, lost = self._in_reach(layer, experts, gates, up, None, logits)
+        work = dispatch.split(layer, experts, gates, everyone if all(up) else self._assign(up, None), named)
         failed = self._exchange(layer, hidden, work, total)
         if failed:
-            lost += self._climb_down(layer, hidden, failed, total, len(hidden))
+            taken = None if logits is None else dispatch.taken(experts, gates, logits.shape[1])
+            lost += self._climb_down(layer, hidden, failed, total, logits, taken)
         if lost.any():
-            whole = gates.sum(1)
             kept = whole - lost
             scale = np.divide(whole, kept, out=np.zeros_like(whole), where=kept > 1e-6 * whole)
             total *= scale[:, None].astype(np.float32)
         return total
 
-    def _assign(self, usable: list[bool], reason: str) -> dispatch.Assign:
-        """`dispatch.assign` over usable nodes, which notes the rung for every expert whose primary is not among them."""
+    def _assign(self, usable: list[bool], reason: str | None) -> dispatch.Assign:
+        """`dispatch.assign` over usable nodes, which notes the rung for every expert whose primary is not among them.
+
+        `reason` None: what the link says of the primary's node.
+        """
 
         def assignment(layer: int, load: dict[int, int]) -> dict[int, dispatch.Copy | None]:
             chosen = dispatch.assign(self.table, layer, load, usable)
@@ -110,27 +127,63 @@ class RemoteExperts:
                 primary = self.table.copies[layer, expert][0]
                 if copy is not None and not usable[primary[0]]:
                     rung = "replica" if copy[1] == primary[1] else "lower_precision"
-                    self._note(rung, layer, expert, copy[0], reason)
+                    self._note(rung, layer, expert, copy[0], reason or self._why_down(primary[0]))
             return chosen
 
         return assignment
 
     def _note(self, rung: str, layer: int, expert: int, node: int, reason: str, loss: float = 0.0) -> None:
         name = self.table.nodes[node]
+        if OUT_OF_CONTACT in reason:
+            self.out_of_contact[rung] += 1
         self.traffic.rungs.append(Rung(rung, layer, expert, name, reason, round(loss, 6)))
 
-    def _lost_rows(
-        self, layer: int, experts: np.ndarray, gates: np.ndarray, usable: list[bool], reason: str
-    ) -> np.ndarray:
-        """Gate mass [T] of experts without a copy on any usable node; each is noted as skipped."""
-        lost = np.zeros(len(experts), np.float64)
-        for expert in np.unique(experts[gates != 0]).tolist():
-            copies = self.table.copies[layer, expert]
-            if not any(usable[node] for node, _ in copies):
-                mass = np.where(experts == expert, gates, 0).sum(1)
-                lost += mass
-                self._note("skip", layer, expert, copies[0][0], reason, float(mass.max()))
-        return lost
+    def _why_down(self, node: int) -> str:
+        return self.link.why_down(self.table.nodes[node])
+
+    def _in_reach(
+        self,
+        layer: int,
+        experts: np.ndarray,
+        gates: np.ndarray,
+        usable: list[bool],
+        reason: str | None,
+        logits: np.ndarray | None,
+        taken: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """experts and gates [T, K] with stand-ins for those without a copy on a usable node, and the gate mass [T] that is lost.
+
+        Notes each that stands in or is skipped; adds those that stand in to `taken` (see dispatch.stand_ins).
+        """
+        gone = {
+            expert
+            for expert in np.unique(experts[gates != 0]).tolist()
+            if not any(usable[node] for node, _ in self.table.copies[layer, expert])
+        }
+        if not gone:
+            return experts, gates, np.zeros(len(experts))
+        found: list[dispatch.StandIn] = []
+        if logits is None:
+            lost = np.where(np.isin(experts, list(gone)), gates, 0).sum(1, dtype=np.float64)
+        else:
+            copies = [self.table.copies.get((layer, expert), ()) for expert in range(logits.shape[1])]
+            reachable = np.array([any(usable[node] for node, _ in each) for each in copies])
+            experts, gates, lost, found = dispatch.stand_ins(experts, gates, logits, reachable, taken)
+        for expert in sorted(gone):
+            node = self.table.copies[layer, expert][0][0]
+            text = reason or self._why_down(node)
+            stood = [item for item in found if item.lost == expert]
+            if stood:
+                copies = self.table.copies[layer, stood[0].expert]
+                there = next(node for node, _ in copies if usable[node])
+                self._note("similar_expert", layer, expert, there, text, max(item.lost_gate for item in stood))
+            left = np.where(experts == expert, gates, 0).sum(1)
+            if left.any():
+                self._note("skip", layer, expert, node, text, float(left.max()))
+        if taken is not None:
+            for item in found:
+                taken[item.row, item.expert] = True
+        return experts, gates, lost
 
     def _exchange(
         self, layer: int, hidden: np.ndarray, work: list[dispatch.Work], total: np.ndarray
@@ -146,8 +199,8 @@ class RemoteExperts:
         for item in sorted(work, key=lambda item: -len(item.pairs)):  # whoever has most to do hears of it first
             if allocator is not None:
                 x = hidden if item.rows is None else hidden[item.rows]
-                payload = compress.encode(self.codec, x, allocator.input_steps(layer, x, item.pairs))
-                allocator.spent(len(payload), x.size)
+                payload = compress.encode(self.codec, x, allocator.input_steps(layer, x, item.pairs, item.node))
+                allocator.spent(len(payload), x.size, item.node)
             elif item.rows is None:
                 shared_payload = shared_payload or compress.encode(self.codec, hidden)
                 x, payload = hidden, shared_payload
@@ -166,7 +219,7 @@ class RemoteExperts:
                     x=x,
                     pairs=item.pairs,
                     budget_us=int(timeout_s * 1e6),
-                    reply_step=0.0 if allocator is None else allocator.reply_step(layer),
+                    reply_step=0.0 if allocator is None else allocator.reply_step(layer, item.node),
                 ),
                 payload,
             )
@@ -192,7 +245,7 @@ class RemoteExperts:
             self.served[node] += len(item.pairs)
             self.traffic.received_bytes += answer.size
             if allocator is not None:
-                allocator.spent(answer.size - frame.HEADER_BYTES, answer.x.size)
+                allocator.spent(answer.size - frame.HEADER_BYTES, answer.x.size, item.node)
             self.traffic.busy_us += answer.compute_us
             if answer.compute_us + answer.codec_us > slowest_us + slowest_codec_us:
                 slowest_us, slowest_codec_us = answer.compute_us, answer.codec_us
@@ -203,9 +256,15 @@ class RemoteExperts:
         return failed
 
     def _climb_down(
-        self, layer: int, hidden: np.ndarray, failed: list[tuple[dispatch.Work, Failure]], total: np.ndarray, t: int
+        self,
+        layer: int,
+        hidden: np.ndarray,
+        failed: list[tuple[dispatch.Work, Failure]],
+        total: np.ndarray,
+        logits: np.ndarray | None,
+        taken: np.ndarray | None,
     ) -> np.ndarray:
-        """Retry, then other copies, then skip. Returns the gate mass [T] that was lost.
+        """Retry, then other copies, then similar experts, then skip. Returns the gate mass [T] that was lost.
 
         Who is unreachable or refuses is not asked again; who refuses, to protect itself, stays in use for the next layer.
         """
@@ -217,6 +276,7 @@ class RemoteExperts:
                 self._note("retry", layer, expert, item.node, f"{failure.kind}: {failure.text}")
         again += self._exchange(layer, hidden, [item for item, _ in retried], total)
         usable = [True] * len(self.table.nodes)
+        t = len(hidden)
         lost = np.zeros(t, np.float64)
         while again:
             for item, failure in again:
@@ -224,10 +284,11 @@ class RemoteExperts:
                     self.link.mark_down(self.table.nodes[item.node], failure)
                 usable[item.node] = False
             usable = [here and self.link.is_up(node) for here, node in zip(usable, self.table.nodes)]
-            reason = "; ".join(sorted({f"{self.table.nodes[i.node]} {f.kind}" for i, f in again}))
+            reason = "; ".join(sorted({f"{self.table.nodes[i.node]} {f.why}" for i, f in again}))
             experts, gates = self._pairs_as_matrix([item for item, _ in again], t)
+            experts, gates, missed = self._in_reach(layer, experts, gates, usable, reason, logits, taken)
+            lost += missed
             work = dispatch.split(layer, experts, gates, self._assign(usable, reason))
-            lost += self._lost_rows(layer, experts, gates, usable, reason)
             again = self._exchange(layer, hidden, work, total)
         return lost
 

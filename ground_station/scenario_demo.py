@@ -14,13 +14,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from firmware_sim import contact, satellite
 from firmware_sim import scenario as scenarios
+from firmware_sim.orbit import period_s
 from firmware_sim.scenario import Scenario
 from ground_station.control import Control
 from ground_station.decode import TokenCost
 from ground_station.fleet import Taken
+from ground_station.live_prices import Orbit
 from ground_station.local_fleet import Board, LocalFleet
-from ground_station.twin import Twin
+from ground_station.twin import Twin, View
 from ground_station.twin_summary import AGEING_METHOD, summary
 from node_agent import wire
 
@@ -28,6 +33,7 @@ SHIPPED = Path(scenarios.__file__).with_name("scenarios")
 WATCH_S = 0.1
 PROGRESS_S = 10.0
 HISTORY_WAIT_S = 4.0
+LOOK_STEP_S = 30.0
 
 
 def find(name: str) -> Scenario:
@@ -39,6 +45,51 @@ def find(name: str) -> Scenario:
         names = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.toml")))
         raise scenarios.ScenarioError(f"{name} is no file and no scenario of the kit; there are {names}")
     return scenarios.read(Path(name))
+
+
+def source(name: str) -> str:
+    """The text of what `find` reads, for a recording.  Raises: scenarios.ScenarioError."""
+    shipped = SHIPPED / f"{name}.toml"
+    path = shipped if "/" not in name and not name.endswith(".toml") and shipped.is_file() else Path(name)
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise scenarios.ScenarioError(
+            f"{path} cannot be read again for the recording ({error}): leave it in place"
+        ) from None
+
+
+def orbit(scenario: Scenario, nodes: tuple[str, ...]) -> Orbit:
+    """What prices need of a scenario, for `nodes` in their order. Harvest: what a payload may draw on average without emptying the battery,
+    by PHYSICS.md's balance over one orbit from the start, P (T_sun + T_eclipse / (eta_c eta_d)) = array T_sun, less the platform's own.
+
+    Raises: ValueError of firmware_sim where the physics cannot be, ScenarioError for nodes that are not the scenario's boards.
+    """
+    power, payload = scenario.power, scenario.payload
+    satellites = satellite.make(scenario)
+    if set(satellites.nodes) != set(nodes):
+        raise scenarios.ScenarioError(
+            "the nodes are not the scenario's boards: give each board some memory for experts"
+        )
+    state = satellite.start(satellites, scenario.bus.start_c, power.start_soc, power.start_capacity_share)
+    steps = math.ceil(float(period_s(satellites.constellation.orbits.radius_km)[0]) / LOOK_STEP_S)
+    idle, unknown, lit = np.full(len(nodes), payload.idle_w), np.full(len(nodes), np.nan), np.zeros(len(nodes))
+    for _ in range(steps):
+        state = satellite.step(satellites, state, idle, unknown, LOOK_STEP_S)
+        lit += satellite.lit_share(state) / steps
+    loss = power.charge_efficiency * power.discharge_efficiency
+    harvest_w = np.maximum(power.array_w * lit / (lit + (1 - lit) / loss) - power.platform_w, 0.0)
+    r = float(sum(payload.r_k_per_w))
+    tau_s = float(np.dot(payload.r_k_per_w, payload.tau_s)) / r
+    return Orbit(
+        payload.limit_c - satellite.SET_POINT_K,
+        r,
+        tau_s / r,
+        1.0 - power.floor_soc,
+        harvest_w[[satellites.nodes.index(node) for node in nodes]],
+        payload.busy_w - payload.idle_w,
+        scenario.time.scale,
+    )
 
 
 def boards(scenario: Scenario) -> tuple[Board, ...]:
@@ -167,6 +218,14 @@ class Course:
         self._watch = TruthWatch(fleet, nodes, limits_c)
         self._guarded: set[str] = set()
 
+    def reach(self) -> contact.Reach | None:
+        """The ways to the boards' satellites now, in the scenario's order; None where it has no links."""
+        return self._twin.reach
+
+    def satellites(self) -> dict[str, View]:
+        """Every board's virtual satellite now."""
+        return {view.node: view for view in self._twin.views()}
+
     def __enter__(self) -> Course:
         self._watch.__enter__()
         self._twin.__enter__()
@@ -256,7 +315,7 @@ def _batteries_and_links(part: dict) -> list[str]:
         f"a year from {orbits:.1f} orbits of this run" + (": rough, less than one whole orbit" if orbits < 1 else "")
     )
     if linked:
-        lines.append("contact, delay and hops to the hub are emulated, and not imposed on the boards")
+        lines.append("contact, delay and hops are emulated; --links imposes them on hidden states")
     return lines
 
 

@@ -19,7 +19,9 @@ from datetime import timedelta
 import numpy as np
 
 from firmware_sim import contact, satellite
+from firmware_sim.bus import AVIONICS
 from firmware_sim.scenario import Scenario
+from firmware_sim.thermal import KELVIN
 from ground_station.control import Control
 from ground_station.fleet import Instant, NodeState
 from node_agent import wire
@@ -81,7 +83,7 @@ def seen(state: NodeState | None, now: Instant) -> Board:
 class View:
     """One satellite now, beside its board. Temperatures in degrees Celsius: `temp_c` virtual, `board_c` measured. Links are
     emulated: `link_up` None where the scenario has none; delay, rate and hops NaN where there is no way (rate also where the
-    satellite is the gateway)."""
+    satellite is the gateway). `avionics_c`: of the node that carries the payload, what it would settle at without power."""
 
     node: str
     mission_s: float
@@ -96,6 +98,7 @@ class View:
     link_delay_s: float = math.nan
     link_rate_bps: float = math.nan
     link_hops: float = math.nan
+    avionics_c: float = math.nan
 
 
 class Twin:
@@ -177,6 +180,7 @@ class Twin:
                 float(state.cap[i]),
                 float(state.capacity_share[i]),
                 *(() if reach is None else _link(reach, i)),
+                avionics_c=float(state.bus.temp_k[AVIONICS][i] - KELVIN),
             )
             for i, node in enumerate(self.satellites.nodes)
         )
