@@ -190,11 +190,16 @@ class Playing:
             choice = self._policy(layer, logits, world)
             named = None if choice.nodes is None else dispatch.Named(choice.nodes, choice.precisions)
             up = world.up.tolist()
-            if named is not None:
-                named = named.among(up)
-            work = dispatch.split(
-                layer, choice.experts, choice.gates, partial(dispatch.assign, r.table, usable=up), named
-            )
+            experts, gates, lost = choice.experts, choice.gates, np.zeros(size)
+            if not all(up):  # the ladder's last rungs, as remote.RemoteExperts has them: similar expert, then skip
+                there = np.array(
+                    [any(up[node] for node, _ in r.table.copies[layer, each]) for each in range(logits.shape[1])]
+                )
+                experts, gates, lost, _ = dispatch.stand_ins(experts, gates, logits, there)
+                if named is not None:
+                    changed = np.where(experts != choice.experts, -1, named.nodes)
+                    named = dispatch.Named(changed, named.precisions).among(up)
+            work = dispatch.split(layer, experts, gates, partial(dispatch.assign, r.table, usable=up), named)
             self.decisions.add(layer, choice, work)
             ran = np.zeros(logits.shape, bool)
             ms = np.zeros((len(r.table.nodes), size))
@@ -213,8 +218,7 @@ class Playing:
             covered = np.where(np.take_along_axis(ran, own.experts, 1), own.gates, 0).sum(1) / own.gates.sum(1)
             np.minimum(coverage, covered, out=coverage)
             out = r._experts.run_work(layer, hidden, work)
-            lost = np.where(np.take_along_axis(ran, choice.experts, 1), 0, choice.gates).sum(1)
-            if lost.any():  # out of everybody's reach: the ladder's last rung, as remote.RemoteExperts has it
+            if lost.any():  # the row's sum of gates is restored
                 whole = choice.gates.sum(1)
                 left = whole - lost
                 scale = np.divide(whole, left, out=np.zeros_like(whole), where=left > 1e-6 * whole)
