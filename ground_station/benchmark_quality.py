@@ -18,7 +18,7 @@ import numpy as np
 from ground_station import dispatch, evaluate, selection
 from ground_station.decode import Decoder
 from ground_station.local import LocalExperts
-from ground_station.placement import Holding
+from ground_station.placement import EMERGENCY, Holding
 from ground_station.selection_baselines import gate_ratio_medians
 from ground_station.selection_choice import Choice, Policy
 from ground_station.selection_world import PRECISIONS, Calibration, World
@@ -85,9 +85,15 @@ class _Logits:
         return self.policy(layer, logits)
 
 
+def _best_and_lowest(manifest: shard.Manifest) -> tuple[str, str]:
+    """Of the precisions that serve in ordinary times, where the bundle has any."""
+    names = [name for name in manifest.precisions if name not in EMERGENCY] or manifest.precisions
+    return names[0], names[-1]
+
+
 def holdings(manifest: shard.Manifest, setting: str) -> tuple[Holding, ...]:
     """Who holds what; see the module."""
-    best, lowest = manifest.precisions[0], manifest.precisions[-1]
+    best, lowest = _best_and_lowest(manifest)
     if setting == "runs":
         return tuple(Holding("all", m, e, best, 0) for m in manifest.moe_layers for e in range(manifest.dims.experts))
     n = len(FLEET_W)
@@ -102,7 +108,7 @@ def holdings(manifest: shard.Manifest, setting: str) -> tuple[Holding, ...]:
 def measured_ms(experts: LocalExperts, manifest: shard.Manifest, rounds: int = 30) -> dict[str, float]:
     """Median milliseconds of one row through one expert, per precision, on this machine: in turn, over all experts of a layer."""
     layer, x = manifest.moe_layers[0], np.ones((1, manifest.dims.hidden), np.float32)
-    names = (manifest.precisions[0], manifest.precisions[-1])
+    names = _best_and_lowest(manifest)
     sessions = {
         p: [experts.session(layer, e, frame.PRECISION_ID[p]) for e in range(manifest.dims.experts)] for p in names
     }

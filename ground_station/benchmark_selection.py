@@ -30,7 +30,7 @@ def fleet(experts: int, nodes: int, seed: int = 0) -> World:
         for expert in range(experts):
             hosted[layer, expert, (expert + layer) % nodes, frame.PRECISION_ID["int8"]] = True
             hosted[layer, expert, (expert + layer + 1) % nodes, frame.PRECISION_ID["int4"]] = True
-    joules = rng.uniform(0.5, 2.0, (nodes, 1)) * np.array([4.0, 1.0, 0.6, 0.9])
+    joules = rng.uniform(0.5, 2.0, (nodes, 1)) * np.array([4.0, 1.0, 0.6, 0.9, 0.6])  # as frame.PRECISIONS
     return World(
         tuple(range(LAYERS)),
         hosted,
@@ -51,7 +51,7 @@ def calibration(experts: int, seed: int = 0) -> Calibration:
     outputs = rng.standard_normal((LAYERS, experts, 16)) + 0.7 * rng.standard_normal((LAYERS, 1, 16))
     norm = np.linalg.norm(outputs, axis=2)
     distance = np.linalg.norm(outputs[:, :, None] - outputs[:, None], axis=3)
-    error = np.tile([0.0, 0.01, 0.06, 0.02], (LAYERS, 1))
+    error = np.tile([0.0, 0.01, 0.06, 0.02, 0.3], (LAYERS, 1))
     return Calibration(
         tuple(range(LAYERS)), norm, np.full(norm.shape, 1 / experts), distance, error, 1 / (norm**2).mean(1)
     )

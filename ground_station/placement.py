@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from node_agent.shard import Manifest
 
+EMERGENCY = frozenset({"int2"})
+"""Precisions that only stand in for a better copy that is out of contact. `coverage` alone gives such copies beside better ones."""
 RESIDENT_FACTOR = 1.5  # resident bytes per byte of shard file once onnxruntime has loaded it (MODELS: measured)
 
 

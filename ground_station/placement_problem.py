@@ -55,6 +55,8 @@ class Problem:
     drawn over horizon_s, above idle). path_ms [C, L, N]: from the layer's gateway to the node and on, infinite without contact.
     chances [C] (sum 1). fleet_bytes: bound on all copies together. rings [N]: number of the ring subnet (for `ring`).
     held: what is on the nodes now. dark_share: share of time in which a random half of the nodes is out of contact.
+    nats [L, V + 1]: what the text's likelihood loses per token if a whole layer runs in a variant, and last if its experts are out of
+    reach, each counted for itself; empty where it was not measured. Only `coverage` looks at it.
     """
 
     use: np.ndarray
@@ -80,6 +82,7 @@ class Problem:
     rings: tuple[int, ...] = ()
     held: frozenset[Copy] = frozenset()
     dark_share: float = 0.0
+    nats: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     prices: Prices = Prices()
     gateway: str = "the ground station"
 
@@ -102,6 +105,10 @@ class Problem:
                 raise PlacementError(
                     f"{name} of the placement problem is {value.shape}: numbers of at least 0 in {shape} are needed"
                 )
+        if self.nats.size and (self.nats.shape != (layers, variants + 1) or not (self.nats >= 0).all()):
+            raise PlacementError(
+                f"nats of the placement problem is {self.nats.shape}: [{layers}, {variants + 1}] are needed"
+            )
         if not 0 <= self.dark_share < 1:
             raise PlacementError(f"dark_share {self.dark_share:g} is not in [0, 1): give the share of time as 0.1")
         if (self.speed <= 0).any() or not self.tokens_per_s > 0 or not self.horizon_s > 0:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ground_station.placement import Holding
+from ground_station.placement import EMERGENCY, Holding
 from ground_station.placement_problem import NOWHERE, Copy, Placement, Problem, layer_ms
 
 
@@ -73,7 +73,7 @@ def over_price(problem: Problem, watts: np.ndarray, node: int, more_w: float) ->
 
 
 def holdings(problem: Problem, placement: Placement, moe_layers: tuple[int, ...]) -> tuple[Holding, ...]:
-    """For the dispatcher: rank 0 serves in the likeliest scenario, the others follow by their solo latency there."""
+    """For the dispatcher: rank 0 serves in the likeliest scenario, the others follow by their solo latency there, emergency copies last."""
     likeliest = int(np.argmax(problem.chances))
     groups: dict[tuple[int, int], list[int]] = {}
     for index, copy in enumerate(placement.copies):
@@ -82,10 +82,10 @@ def holdings(problem: Problem, placement: Placement, moe_layers: tuple[int, ...]
     for (layer, expert), indices in groups.items():
         first = placement.serve[likeliest, layer, expert]
 
-        def order(index: int, first=first, layer=layer) -> tuple[bool, float]:
+        def order(index: int, first=first, layer=layer) -> tuple[bool, bool, float]:
             copy = placement.copies[index]
             solo = problem.path_ms[likeliest, layer, copy.node] + problem.ms[copy.variant] / problem.speed[copy.node]
-            return index != first, solo
+            return index != first, problem.variants[copy.variant] in EMERGENCY, solo
 
         for rank, index in enumerate(sorted(indices, key=order)):
             copy = placement.copies[index]

@@ -14,8 +14,9 @@ import numpy as np
 
 from ground_station import placement_exact
 from ground_station import placement_problem as pp
+from ground_station.placement import EMERGENCY
 from ground_station.placement_budgeted import improved
-from ground_station.placement_policies import place
+from ground_station.placement_policies import place, without_emergency
 from ground_station.plan_fleet import Fleet, problem
 from node_agent.shard import read_manifest
 
@@ -74,6 +75,8 @@ def relaxed(task: pp.Problem, kind: str, nodes: np.ndarray, factor: float = RELA
 def binding(task: pp.Problem, placement: pp.Placement) -> Binding | None:
     """The bound whose relaxing is worth most, or None when none is worth LEAST_GAIN of the objective."""
     start = placement
+    if not any(task.variants[copy.variant] in EMERGENCY for copy in placement.copies):
+        task = without_emergency(task)  # what the policy had to choose from
     for _ in range(3):  # what improves without any relaxing must not count as a relaxing's worth
         better = improved(task, start)
         if pp.evaluate(task, better).objective_ms > pp.evaluate(task, start).objective_ms - 1e-6:
@@ -178,7 +181,7 @@ def plan(bundle: Path, fleet: Fleet, policy: str = "budgeted", seed: int = 0) ->
     """
     manifest = read_manifest(bundle)
     task, source = problem(bundle, manifest, fleet, seed)
-    solved = placement_exact.solve(task, EXACT_S, EXACT_GAP) if policy == "exact" else None
+    solved = placement_exact.solve(without_emergency(task), EXACT_S, EXACT_GAP) if policy == "exact" else None
     placement = place(policy, task, seed) if solved is None else solved.placement
     found = pp.evaluate(task, placement)
     node, variant = pp.served_by(task, placement)

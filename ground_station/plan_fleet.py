@@ -34,8 +34,9 @@ from node_agent.shard import BundleError, Manifest
 
 MAX_FLEET_BYTES = 1 << 20
 MAX_NODES = 256
-# MODELS.md: one thread of an x86 core, one token: 0.85 ms for 4.46 MB at 8 bit, 0.61 ms for 2.70 MB at 4 bit, 1.95 for 17.3 MB fp32
-MS_PER_MB = {"fp32": 0.113, "int8": 0.191, "int8dyn": 0.147, "int4": 0.226}
+# MODELS.md: one thread of an x86 core, one token: 0.85 ms for 4.46 MB at 8 bit, 0.61 ms for 2.70 MB at 4 bit, 1.95 for 17.3 MB fp32;
+# 2 bit took 1.05 times as long as 4 bit on the same core, at 1.66 against 2.77 MB
+MS_PER_MB = {"fp32": 0.113, "int8": 0.191, "int8dyn": 0.147, "int4": 0.226, "int2": 0.394}
 CALL_MS = 0.02
 ACTIVE_W = 5.0  # of a board's core while an expert runs, where joules were not measured; an assumption
 SETS = 64
@@ -168,7 +169,8 @@ def _number(path: Path, key: str, value: object, above: bool) -> float:
 
 
 def calibration(root: Path, manifest: Manifest) -> dict[str, np.ndarray]:
-    """counts, gate_mean [L, E], coactivation [L, E, E], successive [L - 1, E, E], tokens of a bundle.  Raises: BundleError."""
+    """counts, gate_mean [L, E], coactivation [L, E, E], successive [L - 1, E, E], tokens of a bundle; where it was measured
+    sensitivity [L], drop_kl [L, K], layer_error_PRECISION [L].  Raises: BundleError."""
     path, layers, experts = root / "calibration.npz", len(manifest.moe_layers), manifest.dims.experts
     shapes = {
         "counts": (layers, experts),
@@ -177,10 +179,12 @@ def calibration(root: Path, manifest: Manifest) -> dict[str, np.ndarray]:
         "successive": (max(layers - 1, 0), experts, experts),
         "tokens": (),
     }
+    optional = {"sensitivity": (layers,), "drop_kl": (layers, manifest.dims.top_k)}
+    optional |= {f"layer_error_{name}": (layers,) for name in manifest.precisions}
     if not path.exists():
         raise BundleError(f"{path} is missing: quantize again with --calibration FILE")
     try:
-        found = npz_file.read(path, shapes)
+        found = npz_file.read(path, shapes | optional, optional=optional)
     except npz_file.NpzError as error:
         raise BundleError(
             f"{path} cannot be used ({error}): copy the bundle again, or quantize again with --calibration FILE"
@@ -216,6 +220,21 @@ def work(manifest: Manifest, fleet: Fleet) -> tuple[dict[str, tuple[float, float
     if unknown:
         raise PlacementError(f"variants.{unknown[0]}: the bundle has {', '.join(manifest.precisions)}")
     return result, "; ".join(sorted(sources))
+
+
+def damage(stats: dict[str, np.ndarray], names: tuple[str, ...], errors: list[float]) -> np.ndarray:
+    """Problem.nats [L, V + 1] of calibration statistics; empty for a bundle in which it was not measured.
+
+    A precision costs the layer's sensitivity times its squared relative error; an expert out of reach what leaving out its pairs
+    costs, summed over the K pairs of a token.
+    """
+    if "sensitivity" not in stats or "drop_kl" not in stats:
+        return np.zeros((0, 0))
+    each = [
+        stats["sensitivity"] * stats.get(f"layer_error_{name}", np.float64(error)) ** 2
+        for name, error in zip(names, errors)
+    ]
+    return np.stack([*each, stats["drop_kl"].sum(1)], 1)
 
 
 def problem(root: Path, manifest: Manifest, fleet: Fleet, seed: int = 0) -> tuple[Problem, str]:
@@ -258,4 +277,5 @@ def problem(root: Path, manifest: Manifest, fleet: Fleet, seed: int = 0) -> tupl
         fleet_bytes=bound,
         successive=stats["successive"],
         dark_share=fleet.dark_share,
+        nats=damage(stats, names, errors),
     ), source

@@ -22,7 +22,7 @@ from ground_station.dispatch import Table
 from node_agent import frame, npz_file
 
 PRECISIONS = len(frame.PRECISIONS)
-BEST_FIRST = tuple(frame.PRECISION_ID[name] for name in ("fp32", "int8", "int8dyn", "int4"))
+BEST_FIRST = tuple(frame.PRECISION_ID[name] for name in ("fp32", "int8", "int8dyn", "int4", "int2"))
 RIDGE = 1.0
 """What the likeness of two experts' outputs says too much: a calibrated mean over tokens is no promise for the next one. Added to the
 diagonal of `Calibration.gram`, as a share. Chosen on the first two thirds of the reference model's held-out text (0.25, 0.5 and 1 tried);
@@ -205,7 +205,8 @@ class Calibration:
 
     output_norm (mean ||E(x)||), gate_mean [M, E]; distance (mean ||E_i(x) - E_j(x)||) [M, E, E]; precision_error [M, P]: relative
     error of a layer's sum in a precision (0 where it was not measured); sensitivity [M]: nats per token for a squared error of 1 in
-    the layer's output. Where the bundle measures no sensitivity it is 1 / (||residual||^2 + ||experts' sum||^2): a relative error.
+    the layer's output. Where the file names no `layer_sensitivity` it is 1 / (||residual||^2 + ||experts' sum||^2): a relative error. What
+    quantize measures (`sensitivity`) is near that and selected no better on the reference model, so it is not used here.
     """
 
     layers: tuple[int, ...]

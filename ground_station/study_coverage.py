@@ -1,8 +1,12 @@
 """How perplexity rises as nodes go out of contact, with a fleet memory of 1.25 times one 8-bit copy of the experts.
 
-Nodes fly in a ring, so those out of contact at one moment are neighbours: an arc. A placement that is told so (the arcs as its scenarios)
-keeps the two copies of an expert on nodes that are never out together. Random subsets of the nodes are played beside the arcs, and
-round robin beside the placement. Selection is `budgeted` without prices: what is out of reach is replaced by the router's next choice.
+Nodes fly in a ring, so those out of contact at one moment are often neighbours: an arc. `budgeted` is told so (the arcs as its
+scenarios) and keeps the two copies of an expert on nodes that are never out together. `coverage` expects any half and lets int2
+copies stand in; round robin knows nothing. Each plays all arcs, random subsets of the nodes, and every half that there is.
+Selection is `budgeted` without prices: what is out of reach is replaced by the router's next choice.
+
+The ladder's rungs are counted over the experts that the model's router chooses (K per token and layer): the copy that is first in the
+table; another of the same precision; one of a lower precision; a similar expert in its place; nothing.
 Leaves out: how long contacts last, and moving shards before they end.
 """
 
@@ -11,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +23,19 @@ import numpy as np
 from ground_station import dispatch, evaluate, selection
 from ground_station import placement_problem as pp
 from ground_station.experiment_text import Rehearsal, joined, passages
+from ground_station.placement_coverage import MOST_HALVES, all_halves
 from ground_station.placement_policies import place
 from ground_station.placement_serving import holdings
 from ground_station.plan_fleet import Fleet, Node, problem
 from ground_station.selection_world import PRECISIONS, Calibration, World
 from ground_station.text import Text
-from node_agent import frame, shard
+from node_agent import routing, shard
 
 MEMORY_RATIO = 1.25
 BATCH_TOKENS = 64
-PLACEMENTS = ("budgeted", "roundrobin")
+PLACEMENTS = ("coverage", "budgeted", "roundrobin")
+DARK_SHARE = 0.5  # of the time, as `coverage` is told; the arcs are no part of its problem
+RUNGS = ("primary", "replica", "lower_precision", "similar_expert", "skipped")
 
 
 def arcs(nodes: int, out: int) -> np.ndarray:
@@ -41,15 +49,60 @@ def subsets(nodes: int, out: int, count: int, seed: int) -> np.ndarray:
     return np.array([rng.permutation(nodes) < out for _ in range(count)])
 
 
-def fleet(bundle: Path, manifest: shard.Manifest, nodes: int) -> pp.Problem:
-    """Equal nodes that together hold MEMORY_RATIO copies in int8, with the arcs of half of them as equally likely scenarios."""
+class Laddered:
+    """A policy whose choices are counted by rung. `counts` [RUNGS]: experts of the model's own choice, over tokens and layers."""
+
+    def __init__(self, policy: selection.Policy, table: dispatch.Table, top_k: int):
+        self.policy, self.table, self.top_k = policy, table, top_k
+        self.counts = np.zeros(len(RUNGS), np.int64)
+        self._rungs: dict[int, np.ndarray] = {}
+
+    def __call__(self, layer: int, logits: np.ndarray, world: World | None = None) -> selection.Choice:
+        choice = self.policy(layer, logits, world)
+        own = np.zeros(logits.shape, bool)
+        np.put_along_axis(own, routing.largest(logits, self.top_k), True, 1)
+        up = world.up.tolist()
+        named = None if choice.nodes is None else dispatch.Named(choice.nodes, choice.precisions).among(up)
+        assign = partial(dispatch.assign, self.table, usable=up)
+        rungs, before = self._of(layer, logits.shape[1]), int(self.counts[:4].sum())
+        for item in dispatch.split(layer, choice.experts, choice.gates, assign, named):  # as the rehearsal divides it
+            expert = item.pairs["expert"]
+            rows = item.pairs["row"] if item.rows is None else item.rows[item.pairs["row"]]
+            rung = np.where(own[rows, expert], rungs[expert, item.node, item.pairs["precision"]], 3)
+            self.counts[:4] += np.bincount(rung, minlength=4)
+        self.counts[4] += own.sum() - (int(self.counts[:4].sum()) - before)
+        return choice
+
+    def _of(self, layer: int, experts: int) -> np.ndarray:
+        """Rung int [E, N, P] of each copy."""
+        if layer not in self._rungs:
+            rungs = np.full((experts, len(self.table.nodes), PRECISIONS), 2)
+            for expert in range(experts):
+                copies = self.table.copies[layer, expert]
+                for node, precision in copies:
+                    if precision == copies[0][1]:
+                        rungs[expert, node, precision] = 1
+                rungs[expert][copies[0]] = 0
+            self._rungs[layer] = rungs
+        return self._rungs[layer]
+
+
+def fleet(bundle: Path, manifest: shard.Manifest, nodes: int, with_arcs: bool) -> pp.Problem:
+    """Equal nodes that together hold MEMORY_RATIO copies in int8; with the arcs of half of them as equally likely scenarios, or
+    any half of them out of contact for DARK_SHARE of the time.
+
+    Raises: ValueError for a bundle without int8.
+    """
+    if "int8" not in manifest.precisions:
+        raise ValueError(f"bundle {manifest.name} has no int8 shards, by which memory is measured: quantize it again")
     whole = problem(bundle, manifest, Fleet((Node("n1", 1e6),)))[0]
-    fleet_mb = MEMORY_RATIO * whole.layers * whole.experts * int(whole.bytes[0]) / 1e6
+    fleet_mb = MEMORY_RATIO * whole.layers * whole.experts * int(whole.bytes[whole.variants.index("int8")]) / 1e6
     # each node can take a little more than its even share: whole copies do not divide evenly
     each_mb = math.ceil(fleet_mb * 1.05 / nodes * 1e6) / 1e6
-    task = problem(bundle, manifest, Fleet(tuple(Node(f"n{i + 1}", each_mb) for i in range(nodes)), fleet_mb=fleet_mb))[
-        0
-    ]
+    alike = tuple(Node(f"n{i + 1}", each_mb) for i in range(nodes))
+    task = problem(bundle, manifest, Fleet(alike, fleet_mb=fleet_mb))[0]
+    if not with_arcs:
+        return replace(task, dark_share=DARK_SHARE)
     path = np.repeat(task.path_ms[:1], nodes, axis=0)
     for scenario, out in enumerate(arcs(nodes, nodes // 2)):
         path[scenario][:, out] = np.inf
@@ -77,9 +130,9 @@ def run(
     documents = [text for texts in evaluate.domains(bundle.parent / "heldout").values() for text in texts]
     texts = passages(Text(bundle, manifest), documents, start, tokens, np.random.default_rng(seed))
     calibration = Calibration.load(bundle / "calibration.npz", manifest.moe_layers, manifest.dims.experts)
-    task = fleet(bundle, manifest, nodes)
     names = {}
     for name in PLACEMENTS:
+        task = fleet(bundle, manifest, nodes, with_arcs=name != "coverage")
         placement = place(name, task, seed)
         found = pp.evaluate(task, placement)
         table = dispatch.Table(holdings(task, placement, manifest.moe_layers))
@@ -91,16 +144,23 @@ def run(
         rows = []
         for out in range(nodes // 2 + 2):
             row: dict = {"out": out}
-            for kind, masks in (("arc", arcs(nodes, out)), ("random", subsets(nodes, out, draws, seed))):
+            kinds = {"arc": arcs(nodes, out), "random": subsets(nodes, out, draws, seed)}
+            if out == nodes // 2 and math.comb(nodes, out) <= MOST_HALVES:
+                kinds["every"] = all_halves(nodes)
+            for kind, masks in kinds.items():
                 if out == 0:
                     masks = masks[:1]
                 row[kind] = _played(rehearsal, world, masks[:, order], manifest, calibration)
                 progress()
             rows.append(row)
         names[name] = {
-            "memory_ratio": round(found.store_bytes / (task.layers * task.experts * int(task.bytes[0])), 4),
-            "copies": len(placement.copies),
-            "int4": sum(task.variants[copy.variant] == "int4" for copy in placement.copies),
+            "memory_ratio": round(
+                found.store_bytes / (task.layers * task.experts * int(task.bytes[task.variants.index("int8")])), 4
+            ),
+            "copies": {
+                precision: sum(copy.variant == v for copy in placement.copies)
+                for v, precision in enumerate(task.variants)
+            },
             "rows": rows,
         }
     return {"nodes": nodes, "tokens": rehearsal.batches * BATCH_TOKENS, "seed": seed, "limit": 1.5, "placements": names}
@@ -109,28 +169,27 @@ def run(
 def _played(
     rehearsal: Rehearsal, world: World, masks: np.ndarray, manifest: shard.Manifest, calibration: Calibration
 ) -> dict:
-    """Over all masks: perplexity ratios, and what became of the gate mass of the model's own choice."""
-    ratios, coverage, lower, n = [], [], [], 0
+    """Over all masks: perplexity ratios, and what became of the model's own choice."""
+    ratios, coverage, rungs = [], [], np.zeros(len(RUNGS))
     dims = manifest.dims
     for out in masks:
         policy = selection.make("budgeted", manifest.routing, dims.top_k, dims.experts, calibration=calibration)
+        policy = Laddered(policy, rehearsal.table, dims.top_k)
         playing = rehearsal.play(policy)
         here = world.changed(up=~out)
         batch = joined([playing.next(here) for _ in range(rehearsal.batches)])
         ratios.append(math.exp(float(np.nanmean(batch.nats))))
         coverage.append(float(batch.coverage.mean()))
-        runs = batch.runs.sum(0)
-        lower.append(float(runs[frame.PRECISION_ID["int4"]] / max(runs.sum(), 1)))
-        n += 1
+        rungs += policy.counts
     return {
-        "n": n,
+        "n": len(ratios),
         "perplexity_ratio": {
             "mean": round(float(np.mean(ratios)), 4),
             "min": round(min(ratios), 4),
             "max": round(max(ratios), 4),
         },
         "own_gate_mass": round(float(np.mean(coverage)), 4),
-        "runs_in_int4": round(float(np.mean(lower)), 4),
+        "rungs": dict(zip(RUNGS, np.round(rungs / rungs.sum(), 4).tolist())),
     }
 
 
@@ -140,17 +199,26 @@ def report(result: dict) -> str:
         f"{result['nodes']} nodes in a ring, {result['tokens']} tokens of held-out text; "
         "perplexity over the unconstrained model's, mean (max)"
     ]
+    half = result["nodes"] // 2
     for name, found in result["placements"].items():
-        lines.append(
-            f"{name}: {found['copies']} copies, {found['int4']} of them int4, {found['memory_ratio']:g} times one 8-bit copy"
-        )
+        copies = ", ".join(f"{count} {precision}" for precision, count in found["copies"].items() if count)
+        lines.append(f"{name}: copies: {copies}; {found['memory_ratio']:g} times one 8-bit copy")
         lines.append(f"  {'out':>3} {'arc of neighbours':>20} {'own gates':>9} {'random nodes':>20} {'own gates':>9}")
         for row in found["rows"]:
-            cells = [
-                f"{row[kind]['perplexity_ratio']['mean']:10.3f} ({row[kind]['perplexity_ratio']['max']:.3f})"
-                for kind in ("arc", "random")
-            ]
+            cells = [_ratio(row[kind]) for kind in ("arc", "random")]
             masses = [f"{row[kind]['own_gate_mass']:.1%}" for kind in ("arc", "random")]
             lines.append(f"  {row['out']:>3} {cells[0]:>20} {masses[0]:>9} {cells[1]:>20} {masses[1]:>9}")
+        if "every" in found["rows"][half]:
+            every = found["rows"][half]["every"]
+            lines.append(f"  {half:>3} out, every half ({every['n']}): {_ratio(every).strip()}")
+        lines.append(f"  {'rungs':>7} {'primary':>8} {'replica':>8} {'lower':>8} {'similar':>8} {'skipped':>8}")
+        for row in found["rows"]:
+            shares = " ".join(f"{row['random']['rungs'][rung]:8.1%}" for rung in RUNGS)
+            lines.append(f"  {row['out']:>3} out {shares}")
     lines.append("own gates: least share over the layers of the model's own gates that was run, mean over tokens")
+    lines.append("rungs (random nodes): what became of the experts that the router chose")
     return "\n".join(lines)
+
+
+def _ratio(cell: dict) -> str:
+    return f"{cell['perplexity_ratio']['mean']:10.3f} ({cell['perplexity_ratio']['max']:.3f})"

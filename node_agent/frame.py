@@ -32,7 +32,7 @@ GROUND = 0  # address of whoever runs the trunk; nodes get theirs (1..65535) in 
 REFUSALS = THROTTLED, NO_MEMORY, NO_GUARD = "throttled", "memory", "guard"
 """Kinds of ERROR by which a node takes no work to protect itself; its text is '<node>: <kind>: <reason>'."""
 
-PRECISIONS = ("fp32", "int8", "int4", "int8dyn")  # index = id on the wire
+PRECISIONS = ("fp32", "int8", "int4", "int8dyn", "int2")  # index = id on the wire: new ones go to the end
 PRECISION_ID = {name: index for index, name in enumerate(PRECISIONS)}
 
 # magic, version, kind, codec, reply codec, hop limit, layer, source, destination, request id, T, D, P, budget us / compute us,

@@ -147,7 +147,7 @@ class Manifest:
         )
 
 
-_PRECISION_ORDER = ["fp32", "int8", "int8dyn", "int4"]
+_PRECISION_ORDER = ["fp32", "int8", "int8dyn", "int4", "int2"]
 ROUTING_KINDS = ("softmax_topk", "topk_softmax")
 
 

@@ -2,7 +2,7 @@
 
 Hidden states between layers lie in memory-mapped files, one generation per layer, so that memory stays bounded by one layer
 and a run can be resumed at a layer's start. Every eighth sequence is held back: it measures errors and never enters a Hessian.
-Leaves out: choosing codes (nbits), writing shards (pipeline), and the sensitivity of the text's likelihood to each layer.
+Leaves out: choosing codes (nbits), writing shards (pipeline), and layer sensitivities (sensitivity.py).
 
 Shape letters: N tokens, D hidden, I intermediate, E experts, K experts per token, M MoE layers.
 """
@@ -45,7 +45,7 @@ def token_sequences(
             text = file.read(min(MAX_TEXT_BYTES, max_tokens * 64)).decode("utf-8", errors="ignore")
     except OSError as error:
         raise CalibrationError(
-            f"{text_file} cannot be read ({error.strerror}): give a text file by --calibration FILE"
+            f"{text_file} cannot be read ({error.strerror}): give a text file (quantize --calibration, bundle calibrate --text)"
         ) from None
     try:
         tokenizer = Tokenizer.from_file(str(tokenizer_file))
@@ -292,7 +292,8 @@ def combine(layers: list[dict[str, np.ndarray]], moe_layers: tuple[int, ...], to
     `moe_layers` [M], `tokens`; `counts`, `gate_mean`, `gate_norm` (mean ||g E(x)||), `output_norm` (mean ||E(x)||) [M, E];
     `coactivation`, `distance` (mean ||E_i(x) - E_j(x)||) [M, E, E]; `successive` [M - 1, E, E]; `input_absmax`, `input_rms`,
     `output_absmax`, `output_rms` (of one expert's output), `moe_out_absmax`, `moe_out_rms` (of the weighted sum) [M, D];
-    `moe_to_residual` (ratio of norms) and `layer_error_PRECISION` (of the weighted sum, on held rows) [M].
+    `moe_to_residual` (ratio of norms) and `layer_error_PRECISION` (of the weighted sum, on held rows) [M]. The pipeline adds what
+    sensitivity.measure returns.
     """
     names = [name for name in layers[0] if name not in ("experts", "successive")]
     result = {name: np.stack([layer[name] for layer in layers]) for name in names}

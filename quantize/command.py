@@ -18,7 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, required=True, metavar="BUNDLE", help="folder to write the bundle to"
     )
     parser.add_argument(
-        "--precision", default="int8,int4", metavar="LIST", help="of int8, int4, fp32, int8dyn (default: %(default)s)"
+        "--precision",
+        default="int8,int4",
+        metavar="LIST",
+        help="of int8, int4, int2, fp32, int8dyn (default: %(default)s)",
     )
     parser.add_argument("--fp32", action="store_true", help="float32 shards too")
     parser.add_argument(

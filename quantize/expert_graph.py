@@ -19,7 +19,7 @@ from quantize.nbits import NBits
 
 OPSET = 21  # read by onnxruntime 1.23.2 too, the last one for Python 3.10
 IR_VERSION = 10
-EXACT_BLOCK = 32  # the block to quantize in, at 8 and 4 bit
+EXACT_BLOCK = 32  # the block to quantize in, at 8, 4 and 2 bit
 ALIGNMENT = 64  # of tensors in the external file: a cache line
 ACCURACY_LEVEL = 4  # int8 arithmetic; the default is several times slower (MODELS.md)
 

@@ -1,4 +1,4 @@
-"""Weight matrices in blocks of 8 or 4 bits: the layout of onnxruntime's MatMulNBits, round-to-nearest and GPTQ.
+"""Weight matrices in blocks of 8, 4 or 2 bits: the layout of onnxruntime's MatMulNBits, round-to-nearest and GPTQ.
 
 A matrix w is float32 [N, K] (N outputs, K inputs); each row is cut into blocks of `block` consecutive inputs, and a block has
 one float32 scale and, where asymmetric, one zero point: w = (code - zero point) * scale. Source of GPTQ: Frantar et al.,
@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BITS = (4, 8)
+BITS = (2, 4, 8)
 MIN_BLOCK = 16  # what MatMulNBits takes: a power of two from 16 on
 MAX_DAMP = 1e3
-SHRINKS = np.linspace(1.0, 0.6, 17, dtype=np.float32)  # parts of a block's range that the search for a scale tries
+LEAST_RANGE = 0.6
+TRIES = 17  # parts of a block's range, from all of it down to `least_range`, that the search for a scale tries
+MOST_GAIN = 1.25  # by which a row is stretched at most to keep its gain
 
 
 class NBitsError(ValueError):
@@ -26,8 +28,8 @@ class NBitsError(ValueError):
 class NBits:
     """A quantized matrix [n, k] as MatMulNBits takes it. B is the number of blocks of a row, ceil(k / block).
 
-    `packed` uint8 [n, B, block * bits / 8], of 4-bit codes the even input in the low half; `scales` float32 [n, B];
-    `zero_points` None (the middle code) or uint8 [n, B] (8 bit) or [n, ceil(B / 2)] (4 bit, the even block in the low half).
+    `packed` uint8 [n, B, block * bits / 8], several codes to a byte from its low bits on; `scales` float32 [n, B];
+    `zero_points` None (the middle code) or uint8 [n, ceil(B * bits / 8)], packed like the codes.
     """
 
     bits: int
@@ -57,17 +59,24 @@ def _checked(w: np.ndarray, bits: int, block: int) -> np.ndarray:
     return w
 
 
-def _nibbles(codes: np.ndarray) -> np.ndarray:
-    """Codes [..., M] of 4 bits -> uint8 [..., ceil(M / 2)], the even one in the low half."""
-    if codes.shape[-1] % 2:
-        codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], -1)
-    return np.ascontiguousarray(codes[..., 0::2] | codes[..., 1::2] << 4)
+def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes [..., M] -> uint8 [..., ceil(M * bits / 8)], the first code in the lowest bits of a byte."""
+    each = 8 // bits
+    lack = -codes.shape[-1] % each
+    if lack:
+        codes = np.concatenate([codes, np.zeros((*codes.shape[:-1], lack), codes.dtype)], -1)
+    packed = codes[..., 0::each].copy()
+    for place in range(1, each):
+        packed |= codes[..., place::each] << (place * bits)
+    return np.ascontiguousarray(packed)
 
 
-def _from_nibbles(packed: np.ndarray, count: int) -> np.ndarray:
-    codes = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), np.uint8)
-    codes[..., 0::2] = packed & 15
-    codes[..., 1::2] = packed >> 4
+def _unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """uint8 [..., B] -> the first `count` codes [..., count]."""
+    each = 8 // bits
+    codes = np.empty((*packed.shape[:-1], packed.shape[-1] * each), np.uint8)
+    for place in range(each):
+        codes[..., place::each] = packed >> (place * bits) & (2**bits - 1)
     return codes[..., :count]
 
 
@@ -84,9 +93,9 @@ def _assemble(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray, bits: int,
         block=block,
         n=n,
         k=k,
-        packed=_nibbles(whole) if bits == 4 else np.ascontiguousarray(whole),
+        packed=_pack(whole, bits),
         scales=np.ascontiguousarray(scale, np.float32),
-        zero_points=None if symmetric else _nibbles(points) if bits == 4 else points,
+        zero_points=None if symmetric else _pack(points, bits),
     )
 
 
@@ -108,17 +117,19 @@ def _inverse(scale: np.ndarray) -> np.ndarray:
     return np.divide(1, scale, out=np.zeros_like(scale), where=np.abs(scale) > np.finfo(np.float32).tiny)
 
 
-def _searched_grid(values: np.ndarray, weight: np.ndarray, bits: int, symmetric: bool) -> tuple[np.ndarray, np.ndarray]:
+def _searched_grid(
+    values: np.ndarray, weight: np.ndarray, bits: int, symmetric: bool, least_range: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Scale and zero point [N] for values [b, N] whose rows weigh `weight` [b]: the range that is cut least harmfully.
 
-    Minimises sum_i weight_i * (w_i - quantized w_i)^2 over SHRINKS of the range.
+    Minimises sum_i weight_i * (w_i - quantized w_i)^2 over TRIES parts of the range.
     """
     low, high = values.min(0), values.max(0)
     top = np.float32(2**bits - 1)
     best_scale, best_zero = _grid(low, high, bits, symmetric)
     best = np.full(values.shape[1], np.inf, np.float32)
     weight = weight.astype(np.float32)
-    for shrink in SHRINKS:
+    for shrink in np.linspace(1.0, least_range, TRIES, dtype=np.float32):
         scale, zero = _grid(low * shrink, high * shrink, bits, symmetric)
         error = values * _inverse(scale)
         error += zero
@@ -169,13 +180,17 @@ def gptq(
     damp: float = 0.01,
     act_order: bool = True,
     symmetric: bool = False,
+    least_range: float = LEAST_RANGE,
+    keep_gain: bool = False,
 ) -> NBits:
     """w [N, K] in blocks, so that ||x w - x quantized w|| is small for inputs x whose sum of x.T x is `hessian` [K, K].
 
     One input after the other is rounded, and its error is made good by the inputs not rounded yet. `act_order` takes the
     inputs with the largest activations first (scales are then fixed from the unmodified weights, because blocks stay blocks of
     consecutive inputs); otherwise a block's scales are chosen when it is reached. `damp` is the part of the Hessian's mean
-    diagonal added to its diagonal. An input that is always 0 in calibration is rounded to nearest.
+    diagonal added to its diagonal. An input that is always 0 in calibration is rounded to nearest. `least_range`: the smallest part
+    of a block's range that is tried. `keep_gain`: each row's scales are stretched so that its output's projection on the exact one is
+    as long as the exact one (least squares shrinks, and what shrinks outputs costs more than its squared error says).
 
     Raises: NBitsError when shapes do not fit or values are not finite.
     """
@@ -183,6 +198,8 @@ def gptq(
     n, k = w.shape
     if hessian.shape != (k, k):
         raise NBitsError(f"Hessian of shape {hessian.shape} for a matrix of {k} inputs: it must be [{k}, {k}]")
+    if not 0 < least_range <= 1:
+        raise NBitsError(f"least_range {least_range:g}: use a part of the range, above 0 and at most 1")
     hessian = np.array(hessian, np.float64)
     if not np.isfinite(hessian).all():
         raise NBitsError("the Hessian holds values that are not finite: collect calibration inputs again")
@@ -207,13 +224,15 @@ def gptq(
     if act_order:
         for b in range(blocks):
             part = slice(b * block, min((b + 1) * block, k))
-            scale[b], zero[b] = _searched_grid(np.ascontiguousarray(w.T[part]), importance[part], bits, symmetric)
+            scale[b], zero[b] = _searched_grid(
+                np.ascontiguousarray(w.T[part]), importance[part], bits, symmetric, least_range
+            )
 
     for start in range(0, k, block):
         end = min(start + block, k)
         if not act_order:
             b = start // block
-            scale[b], zero[b] = _searched_grid(left[start:end], importance[start:end], bits, symmetric)
+            scale[b], zero[b] = _searched_grid(left[start:end], importance[start:end], bits, symmetric, least_range)
         errors = np.empty((end - start, n), np.float32)
         for i in range(start, end):
             column = left[i]
@@ -225,16 +244,22 @@ def gptq(
             errors[i - start] = (column - (code - z) * s) / upper[i, i]
         if end < k:
             left[end:] -= upper[start:end, end:].T @ errors
+    if keep_gain:
+        values = (codes - np.repeat(zero, block, 0)[:k]) * np.repeat(scale, block, 0)[:k]  # [K, N]
+        through = w @ hessian  # [N, K]
+        gain = (through * w).sum(1), (through * values.T).sum(1)
+        stretch = np.divide(*gain, out=np.ones(n), where=gain[1] > 0)
+        scale = (scale * np.clip(stretch, 1 / MOST_GAIN, MOST_GAIN)).astype(np.float32)
     return _assemble(codes.T, scale.T, zero.T, bits, block, symmetric)
 
 
 def dequantize(q: NBits) -> np.ndarray:
     """The matrix float32 [N, K] that MatMulNBits computes with."""
     blocks = q.scales.shape[1]
-    codes = _from_nibbles(q.packed, q.block) if q.bits == 4 else q.packed
+    codes = _unpack(q.packed, q.bits, q.block)
     if q.zero_points is None:
         zero = np.full((q.n, blocks), 2 ** (q.bits - 1), np.uint8)
     else:
-        zero = _from_nibbles(q.zero_points, blocks) if q.bits == 4 else q.zero_points
+        zero = _unpack(q.zero_points, q.bits, blocks)
     values = (codes.astype(np.float32) - zero[..., None].astype(np.float32)) * q.scales[..., None]
     return np.ascontiguousarray(values.reshape(q.n, -1)[:, : q.k])

@@ -31,14 +31,14 @@ from node_agent.shard import (
     write_file,
     write_manifest,
 )
-from quantize import calibrate, optimum_int8, trunk_graph
+from quantize import calibrate, optimum_int8, recalibrate, trunk_graph
 from quantize.checkpoint import Checkpoint
 from quantize.describe import CALIBRATION, COPIED, describe, extra_files, special_tokens
 from quantize.expert_graph import Matrix, expert_model
 from quantize.families import DEFAULT_MAX_CONTEXT, architecture
 from quantize.journal import JOURNAL, WORK, Journal, ResumeError
 from quantize.nbits import gptq, round_to_nearest
-from quantize.recipe import BLOCKS, DEFAULT_MAX_TOKENS, DYNAMIC, Recipe, choose_recipe
+from quantize.recipe import BLOCKS, DEFAULT_MAX_TOKENS, DYNAMIC, GPTQ, Recipe, choose_recipe
 from quantize.weights import Weights
 
 _DISK = {
@@ -192,7 +192,19 @@ class _Run:
             tokens = sum(len(ids) for ids in sequences)
             with atomic_file(self.out / CALIBRATION) as file:
                 np.savez_compressed(file, **calibrate.combine(layers, moe_layers, tokens))
+            draft = describe(model_dir, self.arch, self.recipe, "", "", segments, shards, (), None)
+            self.sensitivities(draft, sequences, progress=not bar.disable)
         return segments, shards
+
+    def sensitivities(self, draft: Manifest, sequences: list[np.ndarray], progress: bool) -> None:
+        """Adds them to calibration.npz; a run that was cut off after they were measured takes them from its work."""
+        known = self.work / "sensitivity.npz"
+        if not known.exists():
+            found = recalibrate.measured(self.out, draft, sequences, self.work, progress)
+            with atomic_file(known) as file:
+                np.savez(file, **found)
+        content = recalibrate.merged(self.out / CALIBRATION, dict(np.load(known, allow_pickle=False)))
+        write_file(self.out, CALIBRATION, content)
 
     def segment(self, index: int) -> Segment:
         known = self.journal.segment(index)
@@ -293,7 +305,8 @@ class _Run:
         elif hessians is None:
             matrices = tuple(round_to_nearest(w, *BLOCKS[precision]) for w in (gate_up, down))
         else:
-            matrices = tuple(gptq(w, h, *BLOCKS[precision]) for w, h in zip((gate_up, down), hessians))
+            how = GPTQ.get(precision, {})
+            matrices = tuple(gptq(w, h, *BLOCKS[precision], **how) for w, h in zip((gate_up, down), hessians))
         return write_shard(self.out, layer, expert, precision, *matrices)
 
     def _measure(

@@ -18,7 +18,14 @@ from quantize.trunk_graph import TRUNK_PRECISIONS
 RECIPE_VERSION = 1
 # (bits, block). Blocks of 32: with larger ones the kernel for one row and that for many differ in the last bits, and a row's
 # result must not depend on the rest of its batch.
-BLOCKS = {"int8": (8, 32), "int4": (4, 32)}
+BLOCKS = {"int8": (8, 32), "int4": (4, 32), "int2": (2, 32)}
+# With four levels GPTQ leans hard on the calibration text, cuts ranges and shrinks outputs, which all costs perplexity elsewhere:
+# more damping, ranges cut by a fifth at most, and every row's gain put right afterwards.
+GPTQ = {"int2": {"damp": 0.1, "least_range": 0.8, "act_order": False, "keep_gain": True}}
+_BLOCKS_AT_FIRST = (
+    "int8",
+    "int4",
+)  # in every recipe's hash, used or not: bundles made before there was int2 keep theirs
 DYNAMIC = "int8dyn"
 PRECISIONS = ("fp32", *BLOCKS, DYNAMIC)
 DEFAULT_MAX_TOKENS = 32_768
@@ -46,7 +53,8 @@ class Recipe:
         return bool(self.calibration_sha256)
 
     def hash(self, fingerprint: str) -> str:
-        return hashlib.sha256(json.dumps([asdict(self), BLOCKS, fingerprint], sort_keys=True).encode()).hexdigest()
+        blocks = {name: each for name, each in BLOCKS.items() if name in _BLOCKS_AT_FIRST or name in self.precisions}
+        return hashlib.sha256(json.dumps([asdict(self), blocks, fingerprint], sort_keys=True).encode()).hexdigest()
 
     def words(self) -> dict[str, str]:
         """The manifest's description of how each precision was made."""
@@ -98,9 +106,11 @@ def choose_recipe(
         text = folder / CALIBRATION_TEXT
     if text is not None and rtn:
         raise RecipeError("--rtn rounds without calibration: leave out --rtn or --calibration")
-    if text is None and "int4" in precisions and not rtn:
+    few = next((name for name in ("int4", "int2") if name in precisions), None)
+    if text is None and few and not rtn:
         raise RecipeError(
-            "4 bit needs a calibration text: give --calibration FILE (or --rtn to round to nearest, at a clear loss of quality)"
+            f"{BLOCKS[few][0]} bit needs a calibration text: give --calibration FILE "
+            "(or --rtn to round to nearest, at a clear loss of quality)"
         )
     sha256 = ""
     if text is not None:

@@ -170,7 +170,7 @@ def frame_verdict(data: bytes) -> tuple[str, int]:
         return malformed
     if kind == EXPERTS:
         pairs = pairs_of(data)
-        if not pairs or any(row >= t or precision > 3 or not math.isfinite(g) for row, _, precision, g in pairs):
+        if not pairs or any(row >= t or precision > 4 or not math.isfinite(g) for row, _, precision, g in pairs):
             return malformed
     if codec != 4 and not _finite_payload(codec, data[40 + PAIR_BYTES * p :], t, d):
         return malformed

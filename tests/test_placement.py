@@ -242,7 +242,7 @@ def test_the_commands_choices_are_the_policies():
 
 
 def test_unknown_policy_lists_the_names():
-    with pytest.raises(PlacementError, match="use one of random, intra, .*budgeted, exact"):
+    with pytest.raises(PlacementError, match="use one of random, intra, .*budgeted, coverage, exact"):
         place("nothing", small())
 
 

@@ -16,6 +16,14 @@ from onnxruntime.capi._pybind_state import quantize_matmul_4bits, quantize_matmu
 
 from quantize import expert_graph, nbits
 
+NEEDED = (1, 32)  # of onnxruntime, whose MatMulNBits takes 2 bits; 1.23.2, the last one for Python 3.10, does not
+TWO = pytest.param(
+    2,
+    marks=pytest.mark.skipif(
+        tuple(int(part) for part in ort.__version__.split(".")[:2]) < NEEDED,
+        reason=f"onnxruntime {ort.__version__} runs no 2-bit MatMulNBits",
+    ),
+)
 SIZES = ((256, 128), (1024, 768), (1024, 1408))  # (D, I)
 
 
@@ -62,7 +70,7 @@ def _expert_by_numpy(x: np.ndarray, gate_up: np.ndarray, down: np.ndarray) -> np
 # --- layout ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", (4, 8))
+@pytest.mark.parametrize("bits", (TWO, 4, 8))
 @pytest.mark.parametrize("symmetric", (False, True))
 @pytest.mark.parametrize("k", (32, 96, 200))
 def test_matmulnbits_computes_with_the_dequantized_matrix(tmp_path, bits, symmetric, k):
@@ -96,6 +104,22 @@ def test_a_worked_block():
     q = nbits.round_to_nearest(w, 4, 16)
     assert (q.scales.tolist(), q.zero_points.tolist()) == ([[1.0]], [[1]])
     assert q.packed[0, 0, :3].tolist() == [0xF0, 0x41, 0x11]
+
+
+def test_a_worked_block_of_two_bits():
+    """Range [-1, 2] in 3 steps of 1: zero point 1; the codes 0, 3, 1, 2 of the first four inputs fill a byte from its low bits on."""
+    w = np.array([[-1, 2, 0, 1] + [0] * 12, [0, 3] + [0] * 14], np.float32)
+    q = nbits.round_to_nearest(w, 2, 16)
+    assert (q.scales.tolist(), q.zero_points.tolist()) == ([[1.0], [1.0]], [[1], [0]])
+    assert q.packed.shape == (2, 1, 4) and q.packed[0, 0].tolist() == [
+        0b10_01_11_00,
+        0b01010101,
+        0b01010101,
+        0b01010101,
+    ]
+    np.testing.assert_array_equal(nbits.dequantize(q), w)
+    several = nbits.round_to_nearest(np.tile(w[:1], (1, 5)), 2, 16)  # five blocks: their zero points fill two bytes
+    assert several.zero_points.tolist() == [[0b01010101, 0b01]]
 
 
 # --- gptq -----------------------------------------------------------------------------------------------------------
@@ -180,9 +204,26 @@ def test_gptq_without_any_activation_still_gives_the_matrix():
     assert not nbits.dequantize(zeros).any()
 
 
+def test_a_gain_that_is_kept_projects_on_the_exact_output_as_that_does_itself():
+    k = 128
+    w, x = _normal(30, 32, k), _activations(31, k)[0]
+    hessian = x.T @ x
+    exact = x @ w.T
+
+    def gain(**how) -> np.ndarray:
+        q = nbits.gptq(w, hessian, 2, 32, act_order=False, least_range=0.8, **how)
+        return (exact * (x @ nbits.dequantize(q).T)).sum(0) / (exact**2).sum(0)
+
+    assert np.abs(gain(keep_gain=True) - 1).max() < 1e-3
+    assert gain().mean() < 0.99  # negative control: rounding alone shrinks
+    wide = nbits.gptq(w, hessian, 2, 32, least_range=1.0)
+    assert np.abs(wide.scales).mean() > np.abs(nbits.gptq(w, hessian, 2, 32, least_range=0.5).scales).mean()
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
+        (lambda w: nbits.gptq(w, np.eye(64), 2, 32, least_range=0), "least_range 0"),
         (lambda w: nbits.round_to_nearest(w, 3, 32), "3 bits"),
         (lambda w: nbits.round_to_nearest(w, 4, 48), "block 48"),
         (lambda w: nbits.round_to_nearest(w[0], 4, 32), "matrix"),
@@ -204,7 +245,9 @@ def _quantized(w: np.ndarray, bits: int | None) -> np.ndarray | nbits.NBits:
     return w if bits is None else nbits.round_to_nearest(w, bits, expert_graph.EXACT_BLOCK, symmetric=bits == 8)
 
 
-@pytest.mark.parametrize(("bits", "tolerance"), [(None, 2e-6), (8, 0.02), (4, 0.02)])
+@pytest.mark.parametrize(
+    ("bits", "tolerance"), [(None, 2e-6), (8, 0.02), (4, 0.02), pytest.param(2, 0.02, marks=TWO.marks)]
+)
 def test_expert_computes_swiglu(tmp_path, bits, tolerance):
     """n bits: against the dequantized weights, so what is left is onnxruntime's rounding of activations to 8 bits."""
     d, i = 192, 96
@@ -270,7 +313,7 @@ def _largest_dependence(session: ort.InferenceSession, x: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("threads", (1, 2))
-@pytest.mark.parametrize("bits", (8, 4))
+@pytest.mark.parametrize("bits", (8, 4, TWO))
 @pytest.mark.parametrize(("d", "i"), SIZES)
 def test_a_row_does_not_depend_on_its_batch(tmp_path, d, i, bits, threads):
     gate_up, down = (_quantized(w, bits) for w in _expert_weights(20, d, i))

@@ -275,7 +275,8 @@ def test_another_recipe_or_model_is_refused(model, tmp_path):
     ("options", "said"),
     [
         ({}, "--calibration FILE"),
-        ({"precisions": ("int2",)}, "int2"),
+        ({"precisions": ("int3",)}, "int3"),
+        ({"precisions": ("int2",)}, "2 bit needs a calibration text"),
         ({"trunk_precision": "int3", "rtn": True}, "int3"),
         ({"calibration_text": Path("/nowhere/text")}, "/nowhere/text"),
     ],

@@ -226,7 +226,7 @@ def test_calibration_of_another_model_or_damaged_is_refused(tmp_path):
     np.savez(path, **good)
     known = Calibration.load(path, (0,), 2)
     assert known.sensitivity == pytest.approx([1 / (25 + 100)])  # ||sum||^2 = 9 + 16, ||residual||^2 four times that
-    assert known.precision_error[0].tolist() == [0, 0, pytest.approx(0.06), 0]
+    assert known.precision_error[0].tolist() == [0, 0, pytest.approx(0.06), 0, 0]
     assert known.gram[0, 0, 1] == pytest.approx(0.0)  # 3, 4, 5: at right angles
     np.savez(path, **good, layer_sensitivity=np.array([0.25]))
     assert Calibration.load(path, (0,), 2).sensitivity.tolist() == [0.25]

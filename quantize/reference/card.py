@@ -52,7 +52,7 @@ python -m quantize.reference.corpus                  # packages to tokens (progr
 python -m quantize.reference.train --name moe --minutes 180 --decay-minutes 28   # resumable: --resume
 python -m quantize.reference.train --name dense --dense --follow moe             # the control
 python -m quantize.reference.train --name moe --export quantize/reference/checkpoint
-spacemoe quantize quantize/reference/checkpoint -o quantize/reference/bundle --name spacemoe-reference-8m
+spacemoe quantize quantize/reference/checkpoint -o quantize/reference/bundle --name spacemoe-reference-8m --precision int8,int4,int2
 ```
 
 The text comes from packages whose versions move on, so a rebuilt corpus can differ slightly from the one recorded above; the
