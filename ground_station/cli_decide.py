@@ -140,9 +140,13 @@ def _study_xnet(args: argparse.Namespace) -> int:
 
 
 def _study_coverage(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
     from ground_station import study_coverage as study
 
-    result = study.run(bundle_of(args), args.nodes, args.tokens, args.draws, args.seed)
+    study.check(args.nodes)
+    with tqdm(total=study.plays(args.nodes, args.draws), desc="coverage", disable=None, leave=False) as bar:
+        result = study.run(bundle_of(args), args.nodes, args.tokens, args.draws, args.seed, bar.update)
     print(json.dumps(result) if args.json else study.report(result))
     return EXIT_OK
 

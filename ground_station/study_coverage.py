@@ -109,6 +109,12 @@ def fleet(bundle: Path, manifest: shard.Manifest, nodes: int, with_arcs: bool) -
     return replace(task, path_ms=path, chances=np.full(nodes, 1.0 / nodes))
 
 
+def check(nodes: int) -> None:
+    """Raises: ValueError for an odd, small or large number of nodes."""
+    if nodes < 4 or nodes % 2 or nodes > 64:
+        raise ValueError(f"{nodes} nodes: give an even number from 4 to 64")
+
+
 def run(
     bundle: Path,
     nodes: int = 8,
@@ -121,8 +127,7 @@ def run(
 
     Raises: ValueError for an odd or small number of nodes; PlacementError, shard.BundleError, experiment_text.TextTooShort.
     """
-    if nodes < 4 or nodes % 2 or nodes > 64:
-        raise ValueError(f"{nodes} nodes: give an even number from 4 to 64")
+    check(nodes)
     manifest = shard.read_manifest(bundle)
     start = manifest.bos_id if manifest.bos_id is not None else next(iter(manifest.eos_ids), None)
     if start is None:
@@ -144,14 +149,8 @@ def run(
         rows = []
         for out in range(nodes // 2 + 2):
             row: dict = {"out": out}
-            kinds = {"arc": arcs(nodes, out), "random": subsets(nodes, out, draws, seed)}
-            if out == nodes // 2 and math.comb(nodes, out) <= MOST_HALVES:
-                kinds["every"] = all_halves(nodes)
-            for kind, masks in kinds.items():
-                if out == 0:
-                    masks = masks[:1]
-                row[kind] = _played(rehearsal, world, masks[:, order], manifest, calibration)
-                progress()
+            for kind, masks in _masks(nodes, out, draws, seed).items():
+                row[kind] = _played(rehearsal, world, masks[:, order], manifest, calibration, progress)
             rows.append(row)
         names[name] = {
             "memory_ratio": round(
@@ -166,8 +165,27 @@ def run(
     return {"nodes": nodes, "tokens": rehearsal.batches * BATCH_TOKENS, "seed": seed, "limit": 1.5, "placements": names}
 
 
+def _masks(nodes: int, out: int, draws: int, seed: int) -> dict[str, np.ndarray]:
+    """By kind, bool [n, nodes]: what is out of contact."""
+    kinds = {"arc": arcs(nodes, out), "random": subsets(nodes, out, draws, seed)}
+    if out == nodes // 2 and math.comb(nodes, out) <= MOST_HALVES:
+        kinds["every"] = all_halves(nodes)
+    return kinds if out else {kind: masks[:1] for kind, masks in kinds.items()}
+
+
+def plays(nodes: int, draws: int) -> int:
+    """How often `run` reads the text: its progress goes so far."""
+    outs = range(nodes // 2 + 2)
+    return len(PLACEMENTS) * sum(len(masks) for out in outs for masks in _masks(nodes, out, draws, 0).values())
+
+
 def _played(
-    rehearsal: Rehearsal, world: World, masks: np.ndarray, manifest: shard.Manifest, calibration: Calibration
+    rehearsal: Rehearsal,
+    world: World,
+    masks: np.ndarray,
+    manifest: shard.Manifest,
+    calibration: Calibration,
+    progress: Callable[[], None],
 ) -> dict:
     """Over all masks: perplexity ratios, and what became of the model's own choice."""
     ratios, coverage, rungs = [], [], np.zeros(len(RUNGS))
@@ -181,6 +199,7 @@ def _played(
         ratios.append(math.exp(float(np.nanmean(batch.nats))))
         coverage.append(float(batch.coverage.mean()))
         rungs += policy.counts
+        progress()
     return {
         "n": len(ratios),
         "perplexity_ratio": {

@@ -144,7 +144,7 @@ def test_a_dask_cluster_decides_the_same(plain, small, scenario, tmp_path):
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path, small, scenario):
     out = tmp_path / "out"
-    arguments = [*COMMAND, "--slots", "16", "--seeds", "0", "1", "--only", "topk", "budgeted"]
+    arguments = [*COMMAND, "--slots", "12", "--seeds", "0", "--only", "topk", "budgeted"]
     victim = subprocess.Popen([*arguments, "-o", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while victim.poll() is None and not list(out.glob("parts/*.npz")):
@@ -153,10 +153,10 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, small, scenario):
         victim.send_signal(signal.SIGKILL)
         victim.wait()
     done = len(list(out.glob("parts/*.npz")))
-    assert 1 <= done < 4 and not (out / "summary.json").exists()
+    assert done == 1 and not (out / "summary.json").exists()
     resumed = subprocess.run([*arguments, "-o", str(out)], capture_output=True, text=True, timeout=120)
-    assert resumed.returncode == 0 and f"{done} of 4 runs are in {out} already" in resumed.stderr, resumed.stderr
-    fresh = experiment_report.run(small.narrowed(None, 16, ["topk", "budgeted"]), scenario, BUNDLE, False)
+    assert resumed.returncode == 0 and f"{done} of 2 runs are in {out} already" in resumed.stderr, resumed.stderr
+    fresh = experiment_report.run(small.narrowed([0], 12, ["topk", "budgeted"]), scenario, BUNDLE, False)
     assert without_out(json.loads(resumed.stdout)) == without_out(fresh)
     assert json.loads((out / "summary.json").read_text()) == json.loads(resumed.stdout)
 
