@@ -119,6 +119,8 @@ def _experiment_run(args: argparse.Namespace) -> int:
         chosen, scenario_of(chosen.scenario), bundle_of(args), not args.no_bound, where, args.out, not args.no_resume
     )
     print(json.dumps(result) if args.json else experiment_report.text(result))
+    if args.out is not None and not args.json:
+        print(wrapped(f"kept in {args.out}; a page about it: spacemoe experiment report {args.out}"))
     return EXIT_OK
 
 

@@ -99,7 +99,7 @@ def _bundle_show(args: argparse.Namespace) -> int:
         error = "" if row["mean_rel_error"] is None else f", mean error {row['mean_rel_error']:.3%} of fp32"
         print(wrapped(f"  {precision:8} {row['shards']} shards, {row['bytes'] / 1e6:.1f} MB{error}"))
     for what, text in manifest.recipe.items():
-        print(wrapped(f"  {what}: {text}"))
+        print(wrapped(f"  {'recipe hash' if what == 'hash' else what}: {text}"))
     for found in boards.values():
         print("\n".join(wrapped(f"  {line}") for line in words(found)))
     return EXIT_OK

@@ -194,7 +194,7 @@ COLUMNS = (
     ("gates", 7, lambda row: f"{row['gate_mass_kept']:.4f}"),
     ("p50 ms", 8, lambda row: _dash(row["latency_ms"]["p50"], "{:.1f}")),
     ("p99 ms", 8, lambda row: _dash(row["latency_ms"]["p99"], "{:.1f}")),
-    ("J/token", 8, lambda row: f"{row['joules_per_token']:.4f}"),
+    ("J/token", 8, lambda row: _dash(row["joules_per_token"] or None, "{:.4f}")),
     ("over", 5, lambda row: _dash(row["over_limit"]["satellites"], "{:d}")),
     ("worst s", 8, lambda row: _dash(row["over_limit"]["worst_s"], "{:.0f}")),
     ("soc", 6, lambda row: _dash(row["lowest_soc"], "{:.3f}")),

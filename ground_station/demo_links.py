@@ -118,7 +118,7 @@ def lines(links: dict | None) -> list[str]:
     delays = [delay for pair in links["delay_ms"].values() for delay in pair]
     span = f"{min(delays):.1f}-{max(delays):.1f} ms one way" if delays else "no contact"
     return [
-        f"links (emulated, imposed on hidden states): {span},",
+        f"links, whole run (emulated, imposed on hidden states): {span},",
         f"  {links['link_s']:.1f} s on links, {links['held_without_contact_s']:.1f} s without any contact, "
         f"{sum(links['misses'].values())} misses",
         f"  ladder for want of contact: {rungs or 'not used'}",

@@ -110,7 +110,7 @@ def report(result: dict) -> str:
     lines += _prices(result["prices"], result["expert_runs_per_token"])
     parity = result["parity"]
     if parity is not None:
-        verdict = {True: "equal", False: "DIFFERENT", None: "not comparable"}[parity["equal"]]
+        verdict = {True: "equal", False: "DIFFERENT", None: "not comparable (ladder used)"}[parity["equal"]]
         lines.append(
             f"parity with one process: {verdict}, {parity['tokens_equal']} of {parity['tokens']} tokens, "
             f"largest logit difference {parity['max_logit_diff']:g}"
@@ -134,7 +134,7 @@ def _prices(prices: dict | None, runs: dict) -> list[str]:
     lines = [
         f"expert runs/token: {runs['policy']:.2f} of topk's {runs['topk']}"
         + ("" if runs["policy_under_load"] is None else f"; under load {runs['policy_under_load']:.2f}")
-        + f"; prices set {prices['updates']} times",
+        + f"; price updates: {prices['updates']}",
         f"{'nats per joule':16}{'first':>9}{'last':>9}{'max':>9}{'heat J':>9}{'battery J':>10}{'uJ/run':>9}",
     ]
     for node, row in prices["nodes"].items():

@@ -105,6 +105,8 @@ def _seeds(values: list, where: str) -> list[int]:
         isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**32 for seed in values
     ):
         raise ExperimentError(f"{where}: seeds are 1 to {MAX_SEEDS} whole numbers of at least 0")
+    if len(set(values)) != len(values):
+        raise ExperimentError(f"{where}: a seed is there twice, which would count one run as two")
     return values
 
 

@@ -220,7 +220,8 @@ def text(result: dict) -> str:
     notes = [
         f"{result['experiment']}: {result['mission_s']:g} s of mission time, demand {result['demand_tokens']:g} tokens, "
         f"limit {result['limit_c']:g} degC, means of n = {result['n']}; all simulated but the model and its text",
-        f"useful: {result['useful']}; ppl ratio: to the unconstrained model on the same tokens; J over idle",
+        f"useful: {result['useful']}; ppl ratio: to the unconstrained model on the same tokens; J over idle; "
+        "hottest: degC; soc: lowest charge of a battery, 0 to 1",
         f"costs: {result['costs']['source']}",
     ]
     if found := result["bound"]:

@@ -65,7 +65,10 @@ class Store:
         self.digest = experiment_identity.digest(parts)
         if folder.exists() and not folder.is_dir():
             raise StoreError(f"{folder} is no folder: give -o a new one")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"{folder} cannot be a folder ({error.strerror}): give -o another") from None
         self._lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             try:
@@ -100,7 +103,7 @@ class Store:
             with open(self.folder / HEAD, "rb") as file:
                 head = json.loads(file.read(MAX_JSON_BYTES))
             found, theirs = head["digest"], head["parts"]
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, RecursionError, IsADirectoryError):
             raise StoreError(f"{self.folder / HEAD} is damaged: {ELSE}") from None
         if found != self.digest:
             other = experiment_identity.difference(parts, theirs) or "its digest"
@@ -149,6 +152,7 @@ class Store:
         arrays["decisions_sha256"] = np.frombuffer(bytes.fromhex(run.trace.decisions_sha256), np.uint8)
         arrays["digest"] = np.frombuffer(bytes.fromhex(self.digest), np.uint8)
         arrays["wall_s"] = np.array([run.wall_s])
+        arrays["of"] = np.array([self.experiment.contenders.index(run.contender), run.seed], float)
         known = np.isfinite(run.trace.token_nats)  # a reader of strangers' numbers takes no nan
         arrays |= {"token_known": known.astype(np.uint8), "token_nats": np.where(known, run.trace.token_nats, 0.0)}
         with shard.atomic_file(self._part(self.experiment.contenders.index(run.contender), run.seed)) as file:
@@ -158,7 +162,7 @@ class Store:
         """The runs that are there. One that cannot be used is told in a line, and has to be played again."""
         s, n = self.experiment.slots, len(self.nodes)
         shapes = per_slot(s, n, None) | {"token_known": (s, None), "over_s": (n,), "capacity_share": (n,)}
-        shapes |= {"wall_s": (1,), "decisions_sha256": (32,), "digest": (32,)}
+        shapes |= {"wall_s": (1,), "of": (2,), "decisions_sha256": (32,), "digest": (32,)}
         for index, contender in enumerate(self.experiment.contenders):
             for seed in self.experiment.seeds:
                 path = self._part(index, seed)
@@ -168,6 +172,8 @@ class Store:
                     found = npz_file.read(path, shapes)
                     if _hex(found.pop("digest")) != self.digest:
                         raise npz_file.NpzError("it is of another experiment")
+                    if found.pop("of").tolist() != [index, seed]:
+                        raise npz_file.NpzError("it is of another run")
                     if len({value.shape for name, value in found.items() if name.startswith("token_")}) != 1:
                         raise npz_file.NpzError("its tokens are not of one shape")
                     found["decisions_sha256"] = _hex(found["decisions_sha256"])

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ FORMAT, VERSION = "spacemoe-recording", 1
 HEAD, RUN = "head.json", "run.npz"
 UNKNOWN = 1e30
 MAX_HEAD_BYTES = 4 << 20
+MAX_SAID = 80
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -199,6 +201,8 @@ def _refuse(text: str) -> float:
 def _head(folder: Path) -> Head:
     path = folder / HEAD
     try:
+        if stat.S_ISFIFO(path.stat().st_mode):  # to open it would wait for a writer
+            raise RecordingError(f"{path} is no plain file: record again")
         with open(path, "rb") as file:
             content = file.read(MAX_HEAD_BYTES + 1)
     except OSError as error:
@@ -223,8 +227,11 @@ def _head(folder: Path) -> Head:
         raise RecordingError(f"{path} is damaged ({str(error)[:120]}): record again") from None
     sound = all(_SHA256.fullmatch(each) for each in (head.manifest_sha256, head.choices_sha256, head.run_sha256))
     nodes = {board.node for board in head.boards}
+    said = (*head.temp_provenance.values(), *head.power_provenance.values())
+    sound = sound and all(wire.ID_PATTERN.fullmatch(node) for node in nodes)
+    sound = sound and all(len(each) <= MAX_SAID and each.isprintable() for each in said)  # a terminal shows them
     if not sound or not nodes or len(nodes) != len(head.boards) or len(head.costs_source) != len(nodes):
-        raise RecordingError(f"{path} is damaged (its digests or nodes cannot be): record again")
+        raise RecordingError(f"{path} is damaged (its digests, nodes or provenances cannot be): record again")
     return head
 
 
@@ -253,6 +260,8 @@ def read(folder: Path) -> Recording:
         "cost_row_bytes": (n,),
     }
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe or device has no end
+            raise RecordingError(f"{path} is no plain file: record again")
         if path.stat().st_size > npz_file.MAX_FILE_BYTES:
             raise RecordingError(f"{path} is over the limit of {npz_file.MAX_FILE_BYTES} bytes: record a shorter run")
         if shard.sha256_of(path) != head.run_sha256:

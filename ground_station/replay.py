@@ -267,7 +267,7 @@ def report(result: dict) -> str:
         f"replay of {result['policy']} on {result['bundle']}: {verdict}",
         f"decisions: {decisions['equal']} of {decisions['comparable']} equal, {decisions['recorded']} recorded",
         f"tokens: {tokens['equal']} of {tokens['comparable']} equal",
-        f"prices: {result['prices']['updates']} updates, " + ("equal" if result["prices"]["equal"] else "DIFFERENT"),
+        f"price updates: {result['prices']['updates']}, " + ("equal" if result["prices"]["equal"] else "DIFFERENT"),
     ]
     if decisions["not_comparable_because"]:
         lines.append(f"not comparable: {decisions['not_comparable_because']}")

@@ -181,8 +181,10 @@ def content(boards: dict[str, BoardCosts]) -> bytes:
 
 def words(costs: BoardCosts) -> list[str]:
     """For people: one line for the board, one per precision."""
-    board = f"{costs.board}{' (simulated)' if costs.simulated else ''}: {costs.bundle} on {costs.machine}"
-    lines = [f"{board}, {costs.threads} thread, agent {costs.agent_version}, {costs.at}"]
+    board = f"board {costs.board}{' (simulated)' if costs.simulated else ''}: {costs.bundle} on {costs.machine}"
+    lines = [
+        f"{board}, {costs.threads} thread{'s' if costs.threads != 1 else ''}, agent {costs.agent_version}, {costs.at}"
+    ]
     for cost in costs.costs:
         text = f"{cost.precision} {cost.row.median_ms:.4g} ms a row ({cost.row.p10_ms:.4g} to {cost.row.p90_ms:.4g}, n {cost.row.n})"
         text += f", {cost.batch.median_ms:.4g} ms for {BATCH_ROWS}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import lzma
 import math
+import stat
 import struct
 import tokenize
 import zipfile
@@ -52,6 +53,8 @@ def read(path: Path, shapes: Mapping[str, Shape], optional: Collection[str] = ()
     Raises: NpzError.  Source: the .npy format, version 1.0 (numpy.lib.format).
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for a writer
+            raise NpzError("it is no plain file")
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
             raise NpzError(f"{size} bytes are over the limit of {MAX_FILE_BYTES}")

@@ -10,7 +10,6 @@ Leaves out: how graphs are built (quantize) and run (node_agent.experts, ground_
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import json
 import os
@@ -175,7 +174,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     Raises: OSError, also when `path` is a device, pipe or folder: the rename would put a plain file in its place.
     """
     if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-        raise FileExistsError(errno.EEXIST, "is no plain file: name another", str(path))
+        raise FileExistsError(f"{path} is no plain file: name another")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:

@@ -40,6 +40,8 @@ def token_sequences(
     """
     from tokenizers import Tokenizer
 
+    if text_file.exists() and not text_file.is_file():  # a device has no end, a pipe may never begin
+        raise CalibrationError(f"{text_file} is no plain file: give a text file")
     try:
         with open(text_file, "rb") as file:
             text = file.read(min(MAX_TEXT_BYTES, max_tokens * 64)).decode("utf-8", errors="ignore")

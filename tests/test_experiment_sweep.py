@@ -175,7 +175,11 @@ def test_only_what_is_missing_or_damaged_is_played_again(copied, plain, small, s
     found = experiment_report.run(small, scenario, BUNDLE, False, out=copied)
     assert sorted(played) == [("budgeted", 0), ("topk", 1)] and without_out(found) == without_out(plain)
     assert f"{damaged} cannot be used" in capsys.readouterr().err
-    # a part of another experiment, put there by hand, is no part of this one
+    # another run's part under this name, or one of another experiment, put there by hand, is no part of this one
+    (copied / "parts" / "0-1.npz").write_bytes((copied / "parts" / "0-0.npz").read_bytes())
+    played.clear()
+    experiment_report.run(small, scenario, BUNDLE, False, out=copied)
+    assert played == [("topk", 1)]
     with np.load(damaged) as archive:
         arrays = dict(archive)
     np.savez(damaged, **(arrays | {"digest": np.zeros(32, np.uint8)}))

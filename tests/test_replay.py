@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from ground_station.sampling import Sampling
 from ground_station.selection_world import PRECISIONS, World
 from ground_station.text import Text
 from ground_station.trunk import Trunk
-from node_agent import frame, shard, wire
+from node_agent import frame, npz_file, shard, wire
 
 NODES = ("n1", "n2", "n3")
 AMBIENT_C, R, TAU_S = 45.0, 3.0, 5.0
@@ -246,6 +247,8 @@ def test_a_hostile_run_is_one_line(recorded, tmp_path, change, text):
         (dict(temp_limit_c=-4.0), "limit"),
         (dict(policy="telepathy"), "unknown to this build"),
         (dict(boards=[]), "damaged"),
+        (dict(boards=[dict(node="a\x1b[2J", memory_bytes=1, profile="", simulated="")], costs_source=["x"]), "damaged"),
+        (dict(temp_provenance={"a": "\x1b[2J"}), "damaged"),
         (dict(scenario="name = 5"), "scenario"),
         (dict(precision="fp64"), "fp64"),
     ],
@@ -260,6 +263,18 @@ def test_a_hostile_head_is_one_line_and_exit_code_2(recorded, tmp_path, content,
     assert main(["replay", str(folder)]) == 2
     out, err = capsys.readouterr()
     assert text in err and len(err.strip().splitlines()) == 1 and out == ""
+
+
+@pytest.mark.parametrize("name", [recording.HEAD, recording.RUN])
+def test_a_pipe_in_place_of_a_file_is_told_and_not_waited_for(recorded, tmp_path, name):
+    folder = tmp_path / "pipe"
+    shutil.copytree(recorded, folder)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(RecordingError, match="no plain file"):
+        recording.read(folder)
+    with pytest.raises(npz_file.NpzError, match="no plain file"):
+        npz_file.read(folder / name, {"x": (1,)})
 
 
 def test_a_folder_without_a_recording_is_one_line(tmp_path, capsys):
