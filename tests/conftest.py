@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 
 import pytest
 
@@ -23,6 +24,11 @@ def lacking(what: str, remedy: str) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # "nohup make test &" hands down ignored signals, and what a test starts would not end by the Ctrl-C that it is sent
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if os.environ.get("SPACEMOE_NO_SKIP") and importlib.util.find_spec("torch") is None:
         pytest.exit("SPACEMOE_NO_SKIP is set and torch is missing: pip install -c constraints.txt -e .[reference]", 1)
 

@@ -125,7 +125,16 @@ def test_several_processes_decide_the_same_and_none_is_left(plain, small, scenar
     assert not [pid for pid in children if "popen_loky" in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
-def test_a_dask_cluster_decides_the_same(plain, small, scenario, tmp_path):
+@pytest.fixture
+def kept_environment():
+    """LocalCluster leaves OMP_NUM_THREADS=1 and its like behind, and whatever is started later rounds otherwise."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_a_dask_cluster_decides_the_same(plain, small, scenario, tmp_path, kept_environment):
     try:
         from distributed import LocalCluster
     except ModuleNotFoundError:
