@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import shutil
@@ -132,6 +133,7 @@ def kept_environment():
     yield
     os.environ.clear()
     os.environ.update(before)
+    gc.collect()  # what the cluster leaves with finalisers ends here, not in the middle of another test
 
 
 def test_a_dask_cluster_decides_the_same(plain, small, scenario, tmp_path, kept_environment):
