@@ -19,6 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("firmware_sim", "ground_station", "hardware", "node_agent", "quantize")
 CONTRACT = (
+    "node_agent.enrolment",
     "node_agent",
     "node_agent.wire",
     "node_agent.frame",
