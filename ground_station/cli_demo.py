@@ -108,6 +108,7 @@ def _demo(args: argparse.Namespace) -> int:
     from ground_station import demo
     from ground_station.local_fleet import FleetError
     from ground_station.sampling import Sampling
+    from ground_station.text_stream import show
 
     if args.scenario and args.nodes:
         raise UsageError("--nodes goes without --scenario: a scenario names its boards")
@@ -138,7 +139,7 @@ def _demo(args: argparse.Namespace) -> int:
     )
     quiet = args.json
     try:
-        result = demo.run(options, (lambda text: None) if quiet else demo.show)
+        result = demo.run(options, (lambda text: None) if quiet else show)
     except FleetError as error:
         # the temporary folder that the text names is gone by now
         if args.keep is not None or isinstance(error, ValueError):  # what was asked for cannot be: there is no log

@@ -15,12 +15,12 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Iterator
 
 import numpy as np
 
 from firmware_sim.scenario import Scenario
-from ground_station import demo_links, ledger, live_costs, rates, recording, recording_tape, selection
+from ground_station import demo_links, ledger, live_costs, rates, recording, recording_tape, selection, text_stream
 from ground_station.broker import Broker
 from ground_station.control import Control
 from ground_station.decode import Decoder, TokenCost
@@ -29,9 +29,8 @@ from ground_station.dispatch import Table
 from ground_station.link import Link
 from ground_station.live_prices import Costs
 from ground_station.live_setting import BLIND, policy_of, setting_of
-from ground_station.local import LocalExperts
 from ground_station.local_fleet import FleetError, LocalFleet, demo_boards
-from ground_station.local_wire import Importance, WiredExperts
+from ground_station.parity import with_one_process
 from ground_station.placement import round_robin
 from ground_station.price_loop import Chosen, PriceLoop, play
 from ground_station.remote import RemoteExperts
@@ -39,10 +38,11 @@ from ground_station.run_folder import run_folder
 from ground_station.sampling import Sampling
 from ground_station.selection_world import World
 from ground_station.text import Text
+from ground_station.text_stream import Show
 from ground_station.trunk import ContextFull, Trunk
 from node_agent import compress, shard
 
-__all__ = ["Options", "Wrapped", "report", "run", "show"]
+__all__ = ["Options", "report", "run"]
 
 JOIN_TIMEOUT_S = 60.0
 
@@ -71,39 +71,6 @@ class Options:
     links: bool = False  # the scenario's links are imposed on hidden states
     link_ms: float | None = None  # of a token on links, with codec importance
     record: Path | None = None
-
-
-Show = Callable[[str], None]
-
-
-def show(text: str) -> None:
-    """Prints progress and the text itself as they come."""
-    print(text, end="", flush=True)
-
-
-class Wrapped:
-    """Shows a stream of pieces in lines of at most 79 columns, broken at spaces."""
-
-    def __init__(self, show: Show, width: int = 79):
-        self._show, self._width, self._column, self._word = show, width, 0, ""
-
-    def __call__(self, piece: str) -> None:
-        for character in piece:
-            if character in " \n":
-                self._flush(character)
-            else:
-                self._word += character
-
-    def _flush(self, after: str) -> None:
-        if self._column and self._column + len(self._word) > self._width:
-            self._show("\n")
-            self._column = 0
-        self._show(self._word + after)
-        self._column = 0 if after == "\n" else self._column + len(self._word) + len(after)
-        self._word = ""
-
-    def end(self) -> None:
-        self._flush("")
 
 
 def run(options: Options, show: Show) -> dict:
@@ -220,7 +187,7 @@ def run(options: Options, show: Show) -> dict:
                 logits,
             )
 
-        costs, logits = _stream(generate, options.prompt, text, show)
+        costs, logits = text_stream.stream(generate, options.prompt, text, show)
         in_text = (chosen.ran, chosen.rows)
         after = ledger.take(control, names)
         show("\n\n")
@@ -233,8 +200,22 @@ def run(options: Options, show: Show) -> dict:
             again = selection.Replay(chosen.choices)
             if options.policy in BLIND:
                 again = policy_of(options.policy, options.sampling.seed, options.bundle, manifest)
-            used = remote.allocator.used if options.links and remote.allocator is not None else None
-            parity = _parity(options, manifest, table, trunk, again, prompt_ids, costs, logits, used)
+            allocator = _allocator(options, manifest)
+            if options.links and remote.allocator is not None:
+                allocator.repeat(remote.allocator.used)
+            parity = with_one_process(
+                options.bundle,
+                manifest,
+                table,
+                trunk,
+                again,
+                options.codec,
+                allocator,
+                prompt_ids,
+                options.sampling,
+                costs,
+                logits,
+            )
         states = control.snapshot()
         if not fleet.simulating:  # the sensor files stand still: what agents read there is not true any more
             states, before = {}, dict.fromkeys(names, ledger.Unknown("the board simulator has ended"))
@@ -307,60 +288,6 @@ def _wait_for_nodes(names: set[str], link: Link, control: Control, fleet: LocalF
     fleet.wait_joined(link, JOIN_TIMEOUT_S)
     if missing := control.wait_for(names, 10.0):
         raise FleetError(f"no birth certificate from {', '.join(sorted(missing))}: is the broker reachable?")
-
-
-def _stream(
-    generate: Callable[[list[np.ndarray]], Iterator[TokenCost]], prompt: str, text: Text, show: Show
-) -> tuple[list[TokenCost], list[np.ndarray]]:
-    wrapped = Wrapped(show)
-    wrapped(prompt)
-    stream = text.stream()
-    costs: list[TokenCost] = []
-    logits: list[np.ndarray] = []
-    for cost in generate(logits):
-        costs.append(cost)
-        wrapped(stream.push(cost.token_id))
-    wrapped.end()
-    return costs, logits
-
-
-def _parity(
-    options: Options,
-    manifest: shard.Manifest,
-    table: Table,
-    trunk: Trunk,
-    policy: selection.Policy,
-    prompt_ids: list[int],
-    costs: list[TokenCost],
-    logits: list[np.ndarray],
-    used: list[tuple[float, ...]] | None,
-) -> dict:
-    """The same generation in this process. `equal` is None when the ladder was used: then there is nothing to compare."""
-    rungs = sum(len(cost.rungs) for cost in costs)
-    reference: list[np.ndarray] = []
-    allocator = _allocator(options, manifest)
-    if allocator is None:
-        experts = LocalExperts(options.bundle, manifest, table, options.codec)
-    else:
-        if used is not None:
-            allocator.repeat(used)
-        experts = WiredExperts(options.bundle, manifest, table, Importance(allocator))
-    decoder = Decoder(trunk, policy, experts, manifest.eos_ids)
-    tokens = [
-        cost.token_id
-        for cost in decoder.generate(
-            prompt_ids, options.tokens, options.sampling, keep_logits=reference, ignore_eos=True
-        )
-    ]
-    same = [a == b.token_id for a, b in zip(tokens, costs)]
-    worst = max(float(np.abs(a - b).max()) for a, b in zip(logits, reference))
-    return {
-        "equal": None if rungs else all(same) and len(tokens) == len(costs),
-        "tokens_equal": sum(same),
-        "tokens": len(tokens),
-        "max_logit_diff": worst,
-        "note": f"the ladder was used {rungs} times: texts may differ" if rungs else "",
-    }
 
 
 def _write_ledger(path: Path, costs: list[TokenCost]) -> None:

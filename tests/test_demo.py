@@ -15,8 +15,9 @@ import pytest
 
 from ground_station import cli_shared
 from ground_station.cli import reference_bundle
-from ground_station.demo import Wrapped, report
+from ground_station.demo import report
 from ground_station.selection import POLICIES
+from ground_station.text_stream import Wrapped
 from node_agent.compress import CODECS
 
 pytestmark = pytest.mark.broker
