@@ -28,6 +28,16 @@ def add(commands, command) -> None:
     for name, help in (("show", "what a bundle holds"), ("verify", "check size and sha256 of every file")):
         part = command(name, help, _bundle_show if name == "show" else _bundle_verify, parts)
         part.add_argument("bundle", type=Path, nargs="?", help="bundle (default: the reference model)")
+        if name == "verify":
+            part.add_argument("--signer", metavar="HEX", help="and that this Ed25519 key signed it and each shard")
+            part.add_argument("--dir", type=Path, metavar="FLEET", help="and that the key of this fleet's folder did")
+    part = command("sign", "sign a bundle and each of its shards, for boards that take no others", _bundle_sign, parts)
+    part.add_argument("bundle", type=Path, metavar="BUNDLE")
+    whose = part.add_mutually_exclusive_group(required=True)
+    whose.add_argument(
+        "--key", type=Path, metavar="FILE", help="private Ed25519 key in PEM, readable by its owner only"
+    )
+    whose.add_argument("--dir", type=Path, metavar="FLEET", help="a fleet's folder: its signing key")
     part = command("calibrate", "measure a bundle's layer sensitivities on a text, and store them", _recalibrate, parts)
     part.add_argument("bundle", type=Path, metavar="BUNDLE")
     part.add_argument("--text", type=Path, required=True, metavar="FILE", help="text that nothing is reported on")
@@ -56,7 +66,7 @@ def _quantize(args: argparse.Namespace) -> int:
 
 
 def _bundle_show(args: argparse.Namespace) -> int:
-    from ground_station import costs
+    from ground_station import bundle_sign, costs
     from node_agent import shard
     from node_agent.costs import words
     from node_agent.frame import PRECISIONS
@@ -64,6 +74,7 @@ def _bundle_show(args: argparse.Namespace) -> int:
     root = bundle_of(args)
     manifest = shard.read_manifest(root)
     boards = costs.boards(root, manifest)
+    signer, signature_words = bundle_sign.words(root, manifest)
     facts = {
         "name": manifest.name,
         "family": manifest.family,
@@ -76,6 +87,8 @@ def _bundle_show(args: argparse.Namespace) -> int:
         "recipe": manifest.recipe,
         "created_at": manifest.created_at,
         "costs": {name: vars(costs.read(root, manifest, name)) for name in boards},
+        "signer": signer,
+        "signature": signature_words,
     }
     for row in facts["costs"].values():
         row |= {key: {p: v for p, v in zip(PRECISIONS, row[key].tolist()) if v == v} for key in ("joules", "ms")}
@@ -94,6 +107,7 @@ def _bundle_show(args: argparse.Namespace) -> int:
     print(wrapped(f"{manifest.name}: {manifest.family}, {manifest.licence}, made {manifest.created_at}"))
     experts = f"{dims.experts} experts top-{dims.top_k}"
     print(wrapped(f"  {dims.layers} layers, hidden {dims.hidden}, {experts}, vocabulary {dims.vocab}"))
+    print(wrapped(f"  {signature_words}"))
     print(f"  trunk {manifest.trunk_precision}: {facts['trunk_bytes'] / 1e6:.1f} MB")
     for precision, row in facts["precisions"].items():
         error = "" if row["mean_rel_error"] is None else f", mean error {row['mean_rel_error']:.3%} of fp32"
@@ -140,28 +154,52 @@ def _bundle_costs(args: argparse.Namespace) -> int:
 
 
 def _bundle_verify(args: argparse.Namespace) -> int:
-    from node_agent import shard
+    from ground_station import bundle_sign
+    from node_agent import shard, signature
 
     root = bundle_of(args)
     manifest = shard.read_manifest(root)
-    entries = [
-        *manifest.files,
-        *(f for s in manifest.segments for f in s.files),
-        *(f for s in manifest.shards for f in s.files),
-    ]
+    signers = () if args.signer is None else (signature.check_signer(args.signer),)
+    if args.dir is not None:
+        from ground_station.fleet_records import FleetFolder
+
+        signers += (FleetFolder.open(args.dir).signer(),)
+    entries = bundle_sign.files_of(manifest)
     problems = []
     for entry in entries:
         try:
             shard.verify_file(root, entry)
         except shard.BundleError as error:
             problems.append(str(error))
+    altered = len(problems)
+    if signers:
+        problems += bundle_sign.problems(root, manifest, signers)
     if args.json:
-        print(json.dumps({"files": len(entries), "bytes": sum(e.bytes for e in entries), "problems": problems}))
+        facts = {"files": len(entries), "bytes": sum(e.bytes for e in entries), "problems": problems}
+        print(json.dumps(facts | {"signers": list(signers)}))
     else:
         for problem in problems:
             print(problem)
-        print(f"{len(entries) - len(problems)} of {len(entries)} files are as the manifest says")
+        print(f"{len(entries) - altered} of {len(entries)} files are as the manifest says")
+        if signers and len(problems) == altered:
+            print(wrapped(f"manifest and {len(manifest.shards)} shards are signed by {' or '.join(signers)}"))
     return EXIT_CHECK if problems else EXIT_OK
+
+
+def _bundle_sign(args: argparse.Namespace) -> int:
+    from ground_station import bundle_sign
+
+    path = args.key
+    if path is None:
+        from ground_station import fleet_records
+
+        path = fleet_records.FleetFolder.open(args.dir).path(fleet_records.SIGNING_KEY)
+    signed = bundle_sign.sign(args.bundle, bundle_sign.load_key(path))
+    if args.json:
+        print(json.dumps(vars(signed)))
+    else:
+        print(wrapped(f"{args.bundle}: manifest and {signed.shards} shards are signed by {signed.signer}"))
+    return EXIT_OK
 
 
 def _evaluate(args: argparse.Namespace) -> int:

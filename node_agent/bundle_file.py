@@ -19,6 +19,7 @@ from node_agent.shard import BundleError, FileEntry, Manifest, atomic_file, read
 
 SUFFIX = ".new"
 SIGNATURE = "manifest.sig"
+SHARD_SIGNATURES = "shards.sig"
 
 
 @contextmanager
@@ -68,4 +69,8 @@ def finish(root: Path, entry: FileEntry) -> None:
 
 def stale_signature(root: Path) -> str:
     """What to say of a signature after the manifest changed; '' where there is none."""
-    return f"{SIGNATURE} is of the old manifest: sign the bundle again" if (root / SIGNATURE).exists() else ""
+    signed = [name for name in (SIGNATURE, SHARD_SIGNATURES) if (root / name).exists()]
+    if not signed:
+        return ""
+    verb = "is" if len(signed) == 1 else "are"
+    return f"{' and '.join(signed)} {verb} of the old manifest: sign the bundle again"

@@ -1,4 +1,4 @@
-"""Takes in shards while the node serves: verified, kept on disk, loaded, told to the fleet by a new birth; and drops them.
+"""Takes in shards, and newer versions of them, while the node serves: verified, loaded, kept on disk, told by a new birth; drops them.
 
 `Receiver` is the state machine, frames in and frames out, which never raises for what a frame holds: what it refuses it counts
 by kind. `Delivery` is the loop around it, one thread with a DEALER of its own, so that hidden states never queue behind a shard.
@@ -14,19 +14,37 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import BinaryIO
 
 import psutil
 import zmq
 
 from node_agent import delivery_frame, experts
+from node_agent.agent_update import AgentUpdates
 from node_agent.config import LinkConfig
 from node_agent.counters import Counters
-from node_agent.dataplane import LibzmqDealer, open_dealer, own_key
-from node_agent.delivery_frame import ACK, CHUNK, DONE, DROP, DROPPED, OFFER, REFUSED, STATE, Have, Message, Offer
+from node_agent.curve_key import own_key
+from node_agent.dataplane import LibzmqDealer, open_dealer
+from node_agent.delivery_frame import (
+    ACK,
+    CHUNK,
+    DONE,
+    DROP,
+    DROPPED,
+    OFFER,
+    OFFER_AGENT,
+    REFUSED,
+    STAGED,
+    STATE,
+    Have,
+    Message,
+    Offer,
+)
 from node_agent.delivery_store import Store, StoreError
 from node_agent.errors import ExpertError, ShardBusyError
-from node_agent.shard import ShardEntry
+from node_agent.shard import FileEntry, ShardEntry
+from node_agent.signature import SignatureError, Trust
 
 log = logging.getLogger("node_agent.delivery")
 
@@ -43,7 +61,9 @@ class _Transfer:
     so that the ground station may still begin them anew."""
 
     id: int
-    offer: Offer
+    files: tuple[FileEntry, ...]
+    store: Store
+    whole: Callable[[], bytes]  # takes over what has come; the reply
     written: list[int] = field(default_factory=list)
     file: BinaryIO | None = None  # the partial file that is open, of `index`
     index: int = -1
@@ -73,7 +93,12 @@ class Receiver:
         memory_limit_bytes: int,
         on_change: OnChange,
         on_first_error: OnError,
+        trust: Trust = Trust(),
+        updates: AgentUpdates | None = None,
     ):
+        """`trust`: whose shards are taken; `updates`: takes in new agents, None: there are none."""
+        self._updates = updates
+        self._trust = trust
         self._store, self._experts, self._counters = store, loaded, counters
         self._limit_bytes = memory_limit_bytes
         self._on_change, self._on_first_error = on_change, on_first_error
@@ -94,8 +119,9 @@ class Receiver:
                     raise StoreError(
                         "load", f"{path} is damaged or no plain file: remove it and deliver that shard again"
                     )
-                if self._hosted(offer) is None:
-                    self._load(offer)
+                if self._hosted(offer) != _entry(offer).sha256:  # none, or the older one of the node's own bundle
+                    self._check(offer)
+                    self._experts.put(self._open(offer, self._store.kept_graph(offer)))
             except StoreError as error:
                 self.count(error.kind, str(error))
             except OSError as error:
@@ -112,6 +138,8 @@ class Receiver:
         try:
             if message.kind == OFFER:
                 yield from self._take_offer(message)
+            elif message.kind == OFFER_AGENT:
+                yield from self._take_update(message)
             elif message.kind == CHUNK:
                 yield from self._take_chunk(message)
             elif message.kind == DROP:
@@ -140,21 +168,42 @@ class Receiver:
         self.close()
         offer = message.offer
         self._check(offer)
-        hosted = self._hosted(offer)
-        if hosted == _entry(offer).sha256:
+        if self._hosted(offer) == _entry(offer).sha256:
             yield delivery_frame.pack(Message(DONE, message.transfer))
             return
-        if hosted is not None:
-            raise StoreError("clash", f"another version of {offer.shard.stem} is loaded here: drop it first")
-        have = self._store.have(offer.files)
-        missing = sum(file.bytes - there.bytes for file, there in zip(offer.files, have))
-        self._store.make_room(offer.files, missing)
-        self._transfer = _Transfer(message.transfer, offer)
-        yield self._transfer.state(have)
+        yield from self._begin(
+            _Transfer(message.transfer, offer.files, self._store, lambda: self._take_over(message.transfer, offer))
+        )
+
+    def _take_update(self, message: Message) -> Iterator[bytes]:
+        self.close()
+        if self._updates is None:
+            raise StoreError("other", "this agent was not started by its launcher: update it by hand")
+        if self._updates.is_good(message.update):
+            yield delivery_frame.pack(Message(DONE, message.transfer))
+            return
+        self._updates.check(message.update)
+
+        def staged() -> bytes:
+            self._updates.stage(message.update)
+            return delivery_frame.pack(Message(STAGED, message.transfer))
+
+        yield from self._begin(_Transfer(message.transfer, message.update.files, self._updates.store, staged))
+
+    def _begin(self, transfer: _Transfer) -> Iterator[bytes]:
+        have = transfer.store.have(transfer.files)
+        missing = sum(file.bytes - there.bytes for file, there in zip(transfer.files, have))
+        transfer.store.make_room(transfer.files, missing)
+        self._transfer = transfer
+        yield transfer.state(have)
         yield from self._end_if_whole()
 
     def _check(self, offer: Offer) -> None:
-        """Raises: StoreError for a shard that does not belong here or would not fit into memory."""
+        """Raises: StoreError for a shard that none of our signers has signed, that does not belong here or would not fit into memory."""
+        try:
+            self._trust.check_shard(offer.shard.stem, offer)
+        except SignatureError as error:
+            raise StoreError("signature", str(error)) from None
         loaded = self._experts
         if loaded.hosted and (offer.hidden, offer.bundle) != (loaded.hidden, loaded.bundle):
             mine = f"{loaded.bundle} (D={loaded.hidden})"
@@ -173,9 +222,9 @@ class Receiver:
         if transfer is None or transfer.id != message.transfer:
             yield self._refuse(message.transfer, "unknown", "no such transfer here: offer the shard again")
             return
-        if message.index >= len(transfer.offer.files):
-            raise StoreError("malformed", f"file {message.index} of an offer of {len(transfer.offer.files)}")
-        file = transfer.offer.files[message.index]
+        if message.index >= len(transfer.files):
+            raise StoreError("malformed", f"file {message.index} of an offer of {len(transfer.files)}")
+        file = transfer.files[message.index]
         if message.offset + len(message.body) > file.bytes:
             raise StoreError("malformed", f"a chunk beyond the {file.bytes} bytes of {file.path}")
         if (
@@ -186,7 +235,7 @@ class Receiver:
             if not transfer.gap_told:
                 transfer.gap_told = True
                 transfer.close()
-                yield transfer.state(self._store.have(transfer.offer.files))
+                yield transfer.state(transfer.store.have(transfer.files))
             return
         transfer.gap_told = False
         transfer.fresh.discard(message.index)
@@ -194,13 +243,13 @@ class Receiver:
         yield delivery_frame.pack(Message(ACK, transfer.id, message.index, transfer.written[message.index]))
         if transfer.written[message.index] == file.bytes:
             transfer.close()
-            self._store.finish(file)
+            transfer.store.finish(file)
             yield from self._end_if_whole()
 
     def _write(self, transfer: _Transfer, message: Message) -> None:
         if transfer.index != message.index:
             transfer.close()
-            transfer.file = self._store.open_partial(transfer.offer.files[message.index], message.offset)
+            transfer.file = transfer.store.open_partial(transfer.files[message.index], message.offset)
             transfer.index = message.index
         left = message.body
         while left:
@@ -209,35 +258,40 @@ class Receiver:
 
     def _end_if_whole(self) -> Iterator[bytes]:
         transfer = self._transfer
-        files = transfer.offer.files
+        files = transfer.files
         if any(count < file.bytes for count, file in zip(transfer.written, files)):
             return
         for file in files:  # a partial file may have become whole right before the agent was killed
-            if self._store.half_there(file):
-                self._store.finish(file)
-        self._load(transfer.offer)
-        self._store.keep(transfer.offer)
+            if transfer.store.half_there(file):
+                transfer.store.finish(file)
+        reply = transfer.whole()
         transfer.close()
         self._transfer = None
-        self._on_change(f"{transfer.offer.shard.stem} is loaded")
-        yield delivery_frame.pack(Message(DONE, transfer.id))
+        yield reply
 
-    def _load(self, offer: Offer) -> None:
-        """Raises: StoreError; a file that cannot be used is deleted then."""
+    def _take_over(self, transfer_id: int, offer: Offer) -> bytes:
+        """Raises: StoreError, OSError."""
         self._check(offer)
-        graph = self._store.graph(offer.files)
+        opened = self._open(offer, self._store.gather(offer.files))
+        self._store.keep(offer)  # from here on it is this version, also after a power cut
+        again = self._hosted(offer) is not None
+        self._experts.put(opened)
+        self._on_change(f"{offer.shard.stem} is {'replaced by another version' if again else 'loaded'}")
+        return delivery_frame.pack(Message(DONE, transfer_id))
+
+    def _open(self, offer: Offer, graph: Path | None) -> experts.Opened:
+        """Raises: StoreError; a file that cannot be used is deleted then."""
         if graph is None:
             raise StoreError("load", f"a file of {offer.shard.stem} is missing or altered: deliver it again")
         try:
             self._experts.adopt(offer.hidden, offer.bundle)
-            self._experts.add(_entry(offer), graph)
+            opened = self._experts.open(_entry(offer), graph)
         except ExpertError as error:
-            self._store.discard(offer.shard)
+            self._store.spoilt(offer.shard, graph)
             raise StoreError("load", str(error)) from None
         if self._process.memory_info().rss > self._limit_bytes:
-            which = offer.shard
-            self._experts.remove(which.layer, which.expert, which.precision)
-            raise StoreError("memory", f"{which.stem} took more memory than the limit allows: drop a shard first")
+            raise StoreError("memory", f"{offer.shard.stem} took more memory than the limit allows: drop a shard first")
+        return opened
 
     def _drop(self, message: Message) -> bytes:
         which = message.shard
@@ -258,11 +312,11 @@ class Receiver:
         transfer = self._transfer
         if transfer is not None:
             self.close()
-            for file in transfer.offer.files:
+            for file in transfer.files:
                 with suppress(
                     OSError
                 ):  # the disk itself may be what is broken, and the ground station waits for an answer
-                    self._store.forget(file)
+                    transfer.store.forget(file)
         yield self._refuse(transfer_id, "disk", f"the disk does not take it ({error.strerror}): free space on the disk")
 
     def count(self, kind: str, text: str) -> None:

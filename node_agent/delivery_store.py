@@ -1,8 +1,10 @@
 """Shards that came over the link, on this node's disk: what is there, what is half there, and what was taken away for good.
 
-Below `<state_dir>/shards`: `experts/` as in a bundle, `partial/` what is half there, `<stem>.offer` for each shard that is whole
-(the OFFER frame it came by, written last), `<stem>.dropped` for a shard of the node's own bundle that is not to be loaded any
-more. A file gets its name only when its sha256 is right. Resuming after a power cut needs no fsync of what is half there: its
+Below `<state_dir>/shards`: `experts/` as in a bundle, `partial/` what is half there, `next/experts/` files that are whole and whose
+shard is not yet, `<stem>.offer` for each shard that is whole (the OFFER frame it came by), `<stem>.dropped` for a shard of the node's
+own bundle that is not to be loaded any more. A file gets its name only when its sha256 is right. A shard, or a newer version of
+one, is taken over in one moment: when its `.offer` is renamed into place. Cut off before, the old one is whole in `experts/`; cut off
+after, `settle` moves the rest of the new one there from `next/`. Resuming after a power cut needs no fsync of what is half there: its
 sha256 is told to the ground station, which compares it with its own. What another program has put there under one of these
 names and is no plain file (a link, pipe, folder) is never followed, waited for or written: it is refused by name.
 Leaves out: frames and memory (delivery.py).
@@ -85,13 +87,25 @@ def free_bytes(folder: Path) -> int:
 class Store:
     """One folder, for one thread. `bundle`: the node's own bundle, whose files need no transfer; it is never written."""
 
-    def __init__(self, root: Path, bundle: Path | None = None, free: Callable[[Path], int] = free_bytes):
-        self.root, self._bundle, self._free = root, bundle, free
-        self._partials = root / "partial"
+    def __init__(
+        self,
+        root: Path,
+        bundle: Path | None = None,
+        free: Callable[[Path], int] = free_bytes,
+        folder: str = delivery_frame.FOLDER,
+    ):
+        """`folder`: where the paths of all files begin."""
+        self.root, self._bundle, self._free, self._folder = root, bundle, free, folder
+        self._partials, self._next = root / "partial", root / "next"
 
     def _make(self) -> None:
         try:
-            for folder in (self.root / delivery_frame.FOLDER, self._partials):
+            for folder in (
+                self.root / self._folder,
+                self._partials,
+                self._next,
+                self._next / self._folder,
+            ):
                 if os.path.lexists(folder) and not stat.S_ISDIR(os.lstat(folder).st_mode):
                     raise StoreError("disk", f"{folder} is no folder of this agent (a link, file or pipe?): remove it")
                 folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +120,7 @@ class Store:
 
     def graph(self, files: tuple[shard.FileEntry, ...]) -> Path | None:
         """Path of `files[0]` in the folder that has verified copies of all of them: a graph finds its weights beside itself."""
-        for root in (self.root, self._bundle):
+        for root in (self.root, self._next, self._bundle):
             if root is not None and all(self._whole(root, file) for file in files):
                 return root / files[0].path
         return None
@@ -114,7 +128,7 @@ class Store:
     def _whole(self, root: Path, file: shard.FileEntry) -> bool:
         """In the node's own bundle a link may stand for a file; here none of ours is one."""
         try:
-            if root == self.root:
+            if root != self._bundle:
                 _check_plain(root / file.path)
             return bool(shard.verify_file(root, file))
         except (shard.BundleError, OSError):
@@ -131,9 +145,10 @@ class Store:
         return tuple(self._have(file) for file in files)
 
     def _have(self, file: shard.FileEntry) -> Have:
-        if self._whole(self.root, file):
-            return Have(file.bytes, file.sha256)
-        _check_plain(self.root / file.path)
+        for root in (self.root, self._next):
+            if self._whole(root, file):
+                return Have(file.bytes, file.sha256)
+            _check_plain(root / file.path)
         path = self.partial(file)
         try:
             with open_plain(path) as half:
@@ -148,15 +163,15 @@ class Store:
         return Have(0, hashlib.sha256().hexdigest())
 
     def make_room(self, files: tuple[shard.FileEntry, ...], missing_bytes: int) -> None:
-        """Drops partial files of other versions and the oldest beyond MAX_PARTIALS.  Raises: StoreError on a full disk."""
+        """Drops partial files of other versions and the oldest beyond MAX_PARTIALS, and the oldest whole ones of shards that never
+        became whole.  Raises: StoreError on a full disk."""
         self._make()
         wanted = {self.partial(file).name for file in files}
         names = {Path(file.path).name for file in files}
-        others = sorted(
-            (path for path in self._partials.iterdir() if path.name not in wanted), key=lambda p: p.lstat().st_mtime
-        )
+        others = [path for path in _oldest_first(self._partials) if path.name not in wanted]
         kept = [path for path in others if path.name.rpartition(".")[0] not in names]
-        for path in {*others} - {*kept[-MAX_PARTIALS:]}:
+        waiting = [path for path in _oldest_first(self._next / self._folder) if path.name not in names]
+        for path in {*others, *waiting[:-MAX_PARTIALS]} - {*kept[-MAX_PARTIALS:]}:
             _remove(path)
         free = self._free(self.root)
         if missing_bytes + RESERVE_BYTES > free:
@@ -195,36 +210,90 @@ class Store:
         if not right:
             path.unlink()
             raise StoreError("hash", f"{file.path} is not what was offered (sha256 differs): send it again")
-        _check_plain(self.root / file.path)
-        os.replace(path, self.root / file.path)
-        _sync(self.root / delivery_frame.FOLDER)
+        _check_plain(self._next / file.path)
+        os.replace(path, self._next / file.path)
+        _sync(self._next / self._folder)
+
+    def gather(self, files: tuple[shard.FileEntry, ...]) -> Path | None:
+        """As `graph`, for files that have all come: what the new version has in common with the old one is copied beside the rest.
+
+        Raises: StoreError, OSError.
+        """
+        found = self.graph(files)
+        if found is not None or not all(self._whole(self.root, f) or self._whole(self._next, f) for f in files):
+            return found
+        for file in files:
+            if not self._whole(self._next, file):
+                with (
+                    shard.atomic_file(self._to_write(self._next / file.path)) as out,
+                    open_plain(self.root / file.path) as old,
+                ):
+                    shutil.copyfileobj(old, out, HASH_BYTES)
+        return self.graph(files)
+
+    def kept_graph(self, offer: Offer) -> Path | None:
+        """As `graph`, at the agent's start, of a kept shard: what a power cut left to do is done."""
+        found = self.graph(offer.files)
+        if found is not None and found.is_relative_to(self.root / self._folder):
+            return found
+        self.settle(offer)
+        return self.graph(offer.files)
 
     def keep(self, offer: Offer) -> None:
-        """From now on the shard is loaded at every start."""
+        """From now on the shard is loaded at every start, in this version."""
         self._make()
         frame = delivery_frame.pack(delivery_frame.Message(delivery_frame.OFFER, 0, offer=offer))
-        with shard.atomic_file(self._to_write(f"{offer.shard.stem}.offer")) as out:
+        with shard.atomic_file(self._to_write(self.root / f"{offer.shard.stem}.offer")) as out:
             out.write(frame)
         _remove(self.root / f"{offer.shard.stem}.dropped")
+        self.settle(offer)
+
+    def settle(self, offer: Offer) -> None:
+        """Moves what of a kept shard is still in `next/` to its place, and deletes what was there of another version.
+
+        May be cut off anywhere and done again.  Raises: StoreError, OSError.
+        """
+        for file in offer.files:
+            if self._whole(self._next, file):
+                _check_plain(self.root / file.path)
+                os.replace(self._next / file.path, self.root / file.path)
+        names = {Path(file.path).name for file in offer.files}
+        for path in (self.root / self._folder).glob(f"{offer.shard.stem}.*"):
+            if path.name not in names:
+                _remove(path)
+        self.forget_next(offer.shard)
+        _sync(self.root / self._folder)
 
     def drop(self, which: Shard) -> None:
         """From now on the shard is not loaded any more; what was delivered of it is deleted."""
         self._make()
-        with shard.atomic_file(self._to_write(f"{which.stem}.dropped")):
+        with shard.atomic_file(self._to_write(self.root / f"{which.stem}.dropped")):
             pass
         _remove(self.root / f"{which.stem}.offer")
         self.discard(which)
+        self.forget_next(which)
 
-    def _to_write(self, name: str) -> Path:
+    def _to_write(self, path: Path) -> Path:
         """For shard.atomic_file, which would follow a link under its temporary name.  Raises: StoreError, OSError."""
-        path = self.root / name
         _check_plain(path)
         _remove(path.with_name(path.name + shard.PARTIAL_SUFFIX))
         return path
 
+    def spoilt(self, which: Shard, graph: Path) -> None:
+        """Deletes the files of a version that cannot be loaded; another version that is kept stays."""
+        if graph.is_relative_to(self._next):
+            self.forget_next(which)
+        elif graph.is_relative_to(self.root):
+            self.discard(which)
+
     def discard(self, which: Shard) -> None:
         """Deletes the shard's files, as far as they are this store's."""
-        for path in (self.root / delivery_frame.FOLDER).glob(f"{which.stem}.*"):
+        for path in (self.root / self._folder).glob(f"{which.stem}.*"):
+            _remove(path)
+
+    def forget_next(self, which: Shard) -> None:
+        """Deletes what is whole of a shard, or of a version of it, that is not kept."""
+        for path in (self._next / self._folder).glob(f"{which.stem}.*"):
             _remove(path)
 
     def dropped(self, stem: str) -> bool:
@@ -240,6 +309,10 @@ class Store:
             except (OSError, delivery_frame.DeliveryFrameError):
                 offer = None
             yield path, offer
+
+
+def _oldest_first(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir(), key=lambda path: path.lstat().st_mtime)
 
 
 def _sha256(file: BinaryIO, size: int) -> str:

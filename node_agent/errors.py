@@ -38,9 +38,29 @@ class CommandError(AgentError, ValueError):
     """A command's arguments cannot be used."""
 
 
+class EnrolError(AgentError, RuntimeError):
+    """The ground station gave no certificate this time; another try may succeed."""
+
+
+class RefusedError(EnrolError):
+    """The ground station refuses this node's claim or certificate."""
+
+
+class CertificateError(AgentError, ValueError):
+    """A certificate is not what this node may use."""
+
+
+class ClockError(CertificateError):
+    """A certificate is not valid yet by this machine's clock."""
+
+
 class GuardError(AgentError, RuntimeError):
     """The guard's thread ended by itself: the board would be without protection."""
 
 
 class DataPlaneError(AgentError, RuntimeError):
     """The data plane's thread ended by itself."""
+
+
+class StartAgainError(AgentError, RuntimeError):
+    """This agent ends so that the launcher starts another one: an update, or the one before it."""

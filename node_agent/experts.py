@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 import psutil
 
-from node_agent import frame, graph_ops, shard, wire
+from node_agent import frame, graph_ops, shard, signature, wire
 from node_agent.config import STEM_PATTERN
 from node_agent.errors import ExpertError, MemoryLimitError, ShardBusyError, UnknownExpertError
 from node_agent.partial import partial_sum
@@ -87,6 +87,15 @@ _Key = tuple[int, int, int]  # layer, expert, id of the precision
 _NOTHING: dict[_Key, _Loaded] = {}
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A shard that can run and is not served yet."""
+
+    key: _Key
+    hosted: wire.HostedShard
+    loaded: _Loaded
+
+
 def _key(hosted: wire.HostedShard) -> _Key:
     return hosted.layer, hosted.expert, frame.PRECISION_ID[hosted.precision]
 
@@ -125,7 +134,11 @@ class Experts:
             self._size_rows(hidden)
 
     def add(self, entry: shard.ShardEntry, graph: Path) -> None:
-        """Loads a verified shard and runs it once.  Raises: ExpertError."""
+        """Loads a verified shard, runs it once and serves it from now on.  Raises: ExpertError."""
+        self.put(self.open(entry, graph))
+
+    def open(self, entry: shard.ShardEntry, graph: Path) -> Opened:
+        """Loads a verified shard and runs it once, while what was loaded before goes on being served.  Raises: ExpertError."""
         session = open_session(graph, self._threads)
         try:  # not on the shared buffers: a request may be using them
             session.run(["y"], {"x": np.zeros((1, self.hidden), np.float32)})
@@ -139,9 +152,13 @@ class Experts:
         binding.bind_output("y", "cpu", 0, np.float32, shape, self._row_out.ctypes.data)
         key = (entry.layer, entry.expert, frame.PRECISION_ID[entry.precision])
         hosted = wire.HostedShard(entry.layer, entry.expert, entry.precision, entry.sha256)
+        return Opened(key, hosted, _Loaded(session, binding))
+
+    def put(self, opened: Opened) -> None:
+        """Serves it from the next request on, in place of another version of it."""
         with self._changing:
-            others = tuple(item for item in self.hosted if _key(item) != key)
-            self._replace({**self._loaded, key: _Loaded(session, binding)}, (*others, hosted))
+            others = tuple(item for item in self.hosted if _key(item) != opened.key)
+            self._replace({**self._loaded, opened.key: opened.loaded}, (*others, opened.hosted))
 
     def remove(self, layer: int, expert: int, precision: str) -> bool:
         """Takes a shard away; False when it is not there.  Raises: ShardBusyError while it computes."""
@@ -190,13 +207,23 @@ class Experts:
         return loaded.session.run(["y"], {"x": rows})[0]
 
 
-def load(root: Path | None, stems: tuple[str, ...], memory_limit_bytes: int, threads: int = 1) -> Experts:
-    """Verifies (size and sha256 of every file) and loads the shards named by `stems` (such as 'L00E003.int8').
+def load(
+    root: Path | None,
+    stems: tuple[str, ...],
+    memory_limit_bytes: int,
+    threads: int = 1,
+    trust: signature.Trust = signature.Trust(),
+) -> Experts:
+    """Verifies (signature, size and sha256 of every file) and loads the shards named by `stems` (such as 'L00E003.int8').
 
     Raises: shard.BundleError, ExpertError, MemoryLimitError before the agent's memory passes `memory_limit_bytes`.
     """
     if root is None or not stems:
         return Experts(hidden=1, threads=threads)
+    try:
+        trust.check_bundle(root)
+    except signature.SignatureError as error:
+        raise ExpertError(f"{', '.join(stems[:3])}{' ...' if len(stems) > 3 else ''} not loaded: {error}") from None
     manifest = shard.read_manifest(root)
     entries = []
     for stem in stems:

@@ -33,12 +33,14 @@ def bundle(tmp_path_factory):
 class Rig:
     """A ground station's two sockets and a real agent n1, which has no bundle of its own unless a test gives one."""
 
-    def __init__(self, folder, bundle, keys=None, broker=None, own=None, node=None):
+    def __init__(self, folder, bundle, keys=None, broker=None, own=None, node=None, extra=None):
         self.bundle, self.manifest = bundle, shard.read_manifest(bundle.root)
         self.ground, self.deliverer = Ground(keys=keys), Deliverer(curve_keys=keys)
         tables = agent_tables(folder, self.ground.endpoint, own, broker)
         tables["data"]["delivery_endpoint"] = self.deliverer.endpoint
         tables["node"] |= node or {}
+        for table, fields in (extra or {}).items():
+            tables[table] = tables.get(table, {}) | fields
         if keys:
             tables["data"] |= {"server_public_key": keys[0].decode(), "secret_key_file": str(folder / "key")}
         self.folder = folder
