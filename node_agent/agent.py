@@ -15,14 +15,29 @@ from importlib import metadata
 
 import psutil
 
-from node_agent import burn, energy, experts, frame, guard_loop, power_model, sensors, telemetry, wire
+from node_agent import (
+    agent_slots,
+    burn,
+    energy,
+    enrol,
+    experts,
+    frame,
+    guard_loop,
+    power_model,
+    renewal,
+    sensors,
+    signature,
+    telemetry,
+    wire,
+)
+from node_agent.agent_update import AgentUpdates
 from node_agent.config import Config
 from node_agent.control import Control
 from node_agent.counters import Counters
 from node_agent.dataplane import DataPlane
 from node_agent.delivery import Delivery, Receiver
 from node_agent.delivery_store import Store
-from node_agent.errors import CommandError, DataPlaneError, GuardError
+from node_agent.errors import CommandError, DataPlaneError, GuardError, StartAgainError
 from node_agent.pacing import Pacer
 from node_agent.watchdog import Notifier, Watchdog
 
@@ -30,6 +45,7 @@ log = logging.getLogger("node_agent")
 
 DISTRIBUTION = "spacemoe-kit"
 GROUND_PATIENCE_S = 5.0
+ANSWER_S = 0.5  # between an update that is in its slot and the end of the agent: its answer is on the way
 SWITCH_INTERVAL_S = (
     0.0005  # a request waits so long at most for the interpreter while telemetry is made; 5 ms is the default
 )
@@ -62,7 +78,8 @@ class Agent:
         bundle = config.bundle
         store = Store(config.node.state_dir / "shards", bundle.path)
         flashed = tuple(stem for stem in bundle.shards if not store.dropped(stem))
-        self.experts = experts.load(bundle.path, flashed, self._memory_bytes, bundle.threads)
+        trust = signature.Trust(bundle.signers)
+        self.experts = experts.load(bundle.path, flashed, self._memory_bytes, bundle.threads, trust)
         cpu, model = power_model.CpuTime(config.node.sysroot), config.power_model
         self.found = power_model.with_model(sensors.find(config.node.sysroot), cpu, model)
         if self.found.estimate:
@@ -75,8 +92,24 @@ class Agent:
         self._meter = energy.EnergyMeter(self.found, config.telemetry.sample_hz, self.counters, cpu=cpu, model=model)
         pacer = Pacer()
         self._link = DataPlane(config.node.id, config.link, self.experts, self.counters, self._bad_frame, pacer)
+        slots = agent_slots.Slots.found()
+        updates = None
+        if slots is not None:
+            signers = config.update.signers or bundle.signers
+            updates = AgentUpdates(slots, config.node.state_dir / "update", signers, self._start_again)
+        self._again = ""  # why the launcher is to start another agent
+        self._trial = agent_slots.Trial(
+            slots, config.update.hold_s, config.update.deadline_s, self._healthy, self._update_news, self._start_again
+        )
         receiver = Receiver(
-            store, self.experts, self.counters, self._memory_bytes, self._shards_changed, self._bad_delivery
+            store,
+            self.experts,
+            self.counters,
+            self._memory_bytes,
+            self._shards_changed,
+            self._bad_delivery,
+            trust,
+            updates,
         )
         self._delivery = Delivery(config.node.id, config.link, receiver)
         self._guard = guard_loop.GuardLoop(
@@ -90,6 +123,10 @@ class Agent:
             self._control = Control(
                 config, config.broker, self.counters, self._birth, self._command, on_heard=self._guard.heard
             )
+        self._renewal = None
+        if config.enrol is not None:  # then there is a [broker]
+            share = config.enrol.renew_share
+            self._renewal = renewal.Renewal(enrol.identity(config), share, self._control.reconnect, self._event)
         receiver.restore()
 
     def stop(self) -> None:
@@ -106,6 +143,8 @@ class Agent:
                 log.warning("no [broker] in the configuration: neither telemetry nor commands")
             else:
                 stack.enter_context(self._control)
+            if self._renewal is not None:
+                stack.enter_context(self._renewal)
             stack.enter_context(self._delivery)
             stack.enter_context(self._burn)  # after the control plane: it ends before, and can still say so
             node = self.config.node
@@ -117,6 +156,7 @@ class Agent:
             period_s = self.config.telemetry.period_s
             ground_said = ""
             stack.enter_context(Watchdog(self._notifier, self._hung, lambda: self._guard.decision.text, self._on_hang))
+            stack.enter_context(self._trial)
             self._beat_s = time.monotonic()
             due_s = self._beat_s + period_s
             while not self._stop.wait(max(0.0, due_s - time.monotonic())):
@@ -131,6 +171,23 @@ class Agent:
                 ground_said = self._say_ground(ground_said)
                 due_s = max(due_s + period_s, time.monotonic())  # after a delay: go on, without a burst
         log.info("stopped %s", self.config.node.id)
+        if self._again:
+            raise StartAgainError(self._again)
+
+    def _healthy(self) -> bool:
+        """What a new agent has to be for a while before it is called good: served by everything it needs."""
+        connected = self._control is None or self._control.connected
+        return connected and self._link.service.welcomed and not self._hung()
+
+    def _update_news(self, severity: str, text: str) -> None:
+        log.info("%s", text)
+        self._event(severity, "update", text)
+
+    def _start_again(self, text: str) -> None:
+        """Ends this agent for the launcher to start another, once the ground station has been told."""
+        self._again = text
+        self._update_news("info", text)
+        threading.Timer(ANSWER_S, self.stop).start()
 
     def _hung(self) -> str:
         """What does not come round any more, or an empty text; asked by the watchdog's thread."""
@@ -175,6 +232,7 @@ class Agent:
     def samples(self, generated_at: float) -> tuple[wire.Sample, ...]:
         """What telemetry says now."""
         readings = tuple(sensors.read(sensor) for sensor in self.found.sensors)
+        certificate = self._renewal.samples(generated_at) if self._renewal is not None else ()
         return telemetry.snapshot(
             readings,
             self._meter.snapshot(),
@@ -183,7 +241,7 @@ class Agent:
             time.monotonic() - self._started_s,
             self._simulated,
             generated_at,
-        ) + self._guard.samples(generated_at)
+        ) + (*self._guard.samples(generated_at), *certificate)
 
     def _birth(self, bd_seq: int) -> wire.Birth:
         config = self.config

@@ -1,7 +1,8 @@
-"""Command line of a board: `node-agent run | selftest | sensors`.
+"""Command line of a board: `node-agent run | selftest | sensors | enrol | first-boot`.
 
-Exit codes: 0 success, 1 a self-test check failed, 2 wrong usage or configuration, 3 a bundle or shard cannot be used,
-4 anything else on this machine. Errors are one line on stderr that names the next step.
+Exit codes: 0 success, 1 a self-test check failed or the ground station refuses this node, 2 wrong usage or configuration,
+3 a bundle or shard cannot be used, 4 anything else on this machine, 75 another agent is to be started (an update).
+Errors are one line on stderr that names the next step.
 Leaves out: all logic; heavy imports happen inside the sub-commands, so that --help is fast.
 """
 
@@ -11,8 +12,13 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from node_agent import enrol
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_BUNDLE, EXIT_MACHINE = 0, 1, 2, 3, 4
+EXIT_AGAIN = 75  # of sysexits.h: try again
 
 
 class _Version(argparse.Action):
@@ -30,8 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="node-agent",
         description="Serves expert shards and telemetry from a board.",
-        epilog="exit codes: 0 done or stopped, 1 a self-test check failed, 2 wrong usage or configuration, 3 a bundle cannot be "
-        "used, 4 anything else on this machine",
+        epilog="exit codes: 0 done or stopped, 1 a self-test check failed or the ground station refuses this node, 2 wrong usage "
+        "or configuration, 3 a bundle cannot be used, 4 anything else on this machine, 75 start again (an update)",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -66,6 +72,19 @@ def _parser() -> argparse.ArgumentParser:
     sensors.add_argument(
         "--rate", action="store_true", help="measure rates that no driver tells, by a burst of 0.5 s for each sensor"
     )
+    enrol = commands.add_parser("enrol", help="get this node's certificate from the ground station")
+    enrol.add_argument("--config", required=True, type=Path, metavar="FILE", help="the agent's TOML file, with [enrol]")
+    enrol.add_argument(
+        "--renew", action="store_true", help="a new key and certificate, though the present one is valid"
+    )
+    first = commands.add_parser("first-boot", help="take the provision pack from the card's FAT partition, and enrol")
+    first.add_argument("--pack", required=True, type=Path, metavar="DIR", help="the pack; its claim token is removed")
+    first.add_argument("--to", required=True, type=Path, metavar="DIR", help="where this node's identity lives")
+    first.add_argument("--owner", metavar="USER", help="the agent's user (default: who owns the folder above --to)")
+    first.add_argument("--hostname", action="store_true", help="name this machine after its node")
+    for command in (enrol, first):
+        command.add_argument("--once", action="store_true", help="one try instead of tries for ever")
+        command.add_argument("--json", action="store_true", help="one JSON object instead of a line")
     return parser
 
 
@@ -120,26 +139,66 @@ def _sensors(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _say(text: str) -> None:
+    print(f"node-agent: {' '.join(text.split())}", file=sys.stderr, flush=True)
+
+
+def _enrol(arguments: argparse.Namespace) -> int:
+    from node_agent import config, enrol
+
+    who = enrol.identity(config.load(arguments.config, enrolled=False))
+    if arguments.renew:
+        made, new = enrol.renew(who), True
+    else:
+        made, new = enrol.until_enrolled(who, arguments.once, _say)
+    return _enrolled(who.node, made, new, arguments.json)
+
+
+def _first_boot(arguments: argparse.Namespace) -> int:
+    from node_agent import config, enrolment, first_boot
+
+    user = first_boot.owner(arguments.owner, arguments.to)
+    made, new = first_boot.run(arguments.pack, arguments.to, user, arguments.hostname, arguments.once, _say)
+    node = config.load(arguments.to / enrolment.CONFIG).node.id
+    return _enrolled(node, made, new, arguments.json)
+
+
+def _enrolled(node: str, made: enrol.Certificate, new: bool, as_json: bool) -> int:
+    import dataclasses
+    import time
+
+    if as_json:
+        print(json.dumps({"node": node, "new": new} | dataclasses.asdict(made), indent=1))
+    else:
+        until = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(made.not_after_utc_s))
+        print(f"{node} {'has got' if new else 'has'} certificate {made.serial}, valid until {until}")
+    return EXIT_OK
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parses, runs one sub-command, and turns expected errors into one line and an exit code."""
     arguments = _parser().parse_args(argv)
-    from node_agent.errors import AgentError, ConfigError, ExpertError
+    from node_agent.errors import AgentError, ConfigError, ExpertError, RefusedError, StartAgainError
     from node_agent.shard import BundleError
 
-    command = {"run": _run, "selftest": _selftest, "sensors": _sensors}[arguments.command]
+    command = {"run": _run, "selftest": _selftest, "sensors": _sensors, "enrol": _enrol, "first-boot": _first_boot}
     try:
-        return command(arguments)
+        return command[arguments.command](arguments)
     except ConfigError as error:
         text, code = str(error), EXIT_USAGE
     except (BundleError, ExpertError) as error:
         text, code = str(error), EXIT_BUNDLE
+    except RefusedError as error:
+        text, code = str(error), EXIT_FAILED
+    except StartAgainError as error:
+        text, code = str(error), EXIT_AGAIN
     except (AgentError, OSError) as error:
         text, code = str(error), EXIT_MACHINE
     except ImportError as error:
         text, code = f"{error}: install the base package again (pip install spacemoe-kit)", EXIT_MACHINE
     except KeyboardInterrupt:
         text, code = "interrupted", 130
-    print(f"node-agent: {' '.join(text.split())}", file=sys.stderr)
+    _say(text)
     return code
 
 

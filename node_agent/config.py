@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from node_agent import history, toml_file, wire
+from node_agent import history, signature, toml_file, wire
 from node_agent.errors import ConfigError
 
 MAX_CONFIG_BYTES = 4 * 1024 * 1024
+MAX_UTC_S = 2**32  # a clock is never set beyond the year 2106
 STEM_PATTERN = re.compile(r"L(\d{2,4})E(\d{3,5})\.([a-z0-9]{1,16})")
 Z85_PATTERN = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 
@@ -34,11 +35,17 @@ class NodeConfig:
 
 @dataclass(frozen=True)
 class BundleConfig:
-    """Which shards to load: stems as shard.shard_stem gives them, without 'experts/'. `path` None: no shard."""
+    """Which shards to load: stems as shard.shard_stem gives them, without 'experts/'. `path` None: no shard.
+
+    `signers`: Ed25519 public keys (hex), one of which must have signed every shard, flashed or sent. Without them any shard is
+    taken: on loopback, elsewhere only if `allow_unsigned` says so.
+    """
 
     path: Path | None = None
     shards: tuple[str, ...] = ()
     threads: int = 1
+    signers: tuple[str, ...] = ()
+    allow_unsigned: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,35 @@ class PowerModelConfig:
 
 
 @dataclass(frozen=True)
+class EnrolConfig:
+    """Where this node gets its certificate ([broker] cert), how the server is known, and the one-time token for the first.
+
+    `provisioned_utc_s`: when the pack was written; it is later now. `renew_share`: of a certificate's life, after which the
+    agent gets the next one.
+    """
+
+    host: str
+    port: int
+    ca: Path
+    token_file: Path | None = None
+    provisioned_utc_s: float | None = None
+    renew_share: float = 2 / 3
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """Updates of the agent itself. `signers`: who may sign one ([bundle] signers if none); without any there are no updates.
+
+    A new agent is good once it has served for `hold_s` in one piece, with broker and ground station; one that is not within
+    `deadline_s` gives way to the one before.
+    """
+
+    signers: tuple[str, ...] = ()
+    hold_s: float = 60.0
+    deadline_s: float = 900.0
+
+
+@dataclass(frozen=True)
 class Config:
     """The whole file. `broker` None: this node has no control plane, it only serves the data plane."""
 
@@ -131,6 +167,8 @@ class Config:
     guard: GuardConfig = GuardConfig()
     power_model: PowerModelConfig | None = None
     history: HistoryConfig = HistoryConfig()
+    enrol: EnrolConfig | None = None
+    update: UpdateConfig = UpdateConfig()
 
 
 class _Table:
@@ -236,10 +274,40 @@ def _bundle(table: _Table) -> BundleConfig:
         raise ConfigError("[bundle] shards names a shard twice: list each once")
     if shards and path is None:
         raise ConfigError("[bundle] has shards and no path: give the folder that `spacemoe quantize` wrote")
-    return BundleConfig(path, shards, table.number("threads", 1, 256, 1, whole=True))
+    threads = table.number("threads", 1, 256, 1, whole=True)
+    signers, allow_unsigned = _signers(table), table.flag("allow_unsigned")
+    if signers and allow_unsigned:
+        raise ConfigError("[bundle] has signers and allow_unsigned = true: give one of the two")
+    return BundleConfig(path, shards, threads, signers, allow_unsigned)
 
 
-def _broker(table: _Table) -> BrokerConfig:
+def _signers(table: _Table) -> tuple[str, ...]:
+    want = f"a list of at most {signature.MAX_SIGNERS} Ed25519 public keys of 64 hex characters"
+    signers = table.texts("signers", want)
+    try:
+        if len(signers) <= signature.MAX_SIGNERS:
+            return tuple(signature.check_signer(signer) for signer in signers)
+    except signature.SignatureError:
+        pass
+    raise table.fail("signers", signers, want)
+
+
+def _check_trust(bundle: BundleConfig, link: LinkConfig) -> None:
+    """Raises: ConfigError where shards of anybody would be served to another machine without saying so."""
+    for endpoint in (link.endpoint, link.delivery_endpoint):
+        if (
+            endpoint
+            and not is_loopback(urlsplit(endpoint).hostname)
+            and not bundle.signers
+            and not bundle.allow_unsigned
+        ):
+            raise ConfigError(
+                f"[data] {endpoint} is not this machine and [bundle] does not say whose shards are to be trusted: give "
+                f'signers = ["<the fleet\'s signing.pub>"], or set allow_unsigned = true'
+            )
+
+
+def _broker(table: _Table, enrolled: bool, remedy: str) -> BrokerConfig:
     port = table.number("port", 1, 65_535, None, whole=True)
     broker = BrokerConfig(
         table.text("host", "the broker's name or address"),
@@ -258,8 +326,11 @@ def _broker(table: _Table) -> BrokerConfig:
     if broker.password and not broker.username:
         raise ConfigError("[broker] has a password without a username: give both")
     for file in (broker.ca, broker.cert, broker.key):
-        if file and not file.is_file():
-            raise ConfigError(f"[broker] {file} is missing: copy the node's certificates again")
+        if enrolled and file and not file.is_file():
+            copy = (
+                "copy the node's certificates again"  # the authority's comes with the configuration, not by enrolling
+            )
+            raise ConfigError(f"[broker] {file} is missing: {copy if file == broker.ca or not remedy else remedy}")
     if not broker.ca and not is_loopback(broker.host) and not broker.allow_insecure:
         raise ConfigError(
             f"[broker] {broker.host} is not this machine and there is no ca: give ca, cert and key, or set allow_insecure = true"
@@ -303,6 +374,42 @@ def _link(table: _Table) -> LinkConfig:
     return link
 
 
+def _enrol(table: _Table, broker: BrokerConfig | None, link: LinkConfig) -> EnrolConfig:
+    url = table.text("url", "https://HOST:PORT of the ground station")
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme == "https" and parts.hostname and parts.port and url.isprintable() and " " not in url
+        usable = usable and not (parts.path.strip("/") or parts.query or parts.fragment or parts.username)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise table.fail("url", url, "https://HOST:PORT of the ground station")
+    config = EnrolConfig(
+        parts.hostname,
+        parts.port,
+        table.path("ca", "the file of the fleet's certificate authority", required=True),
+        table.path("token_file", "the file of the one-time claim token"),
+        table.number("provisioned_utc_s", 0, MAX_UTC_S, None),
+        table.number("renew_share", 0.05, 0.95, EnrolConfig.renew_share),
+    )
+    if broker is None or not broker.cert:
+        raise ConfigError("[enrol] gets a certificate and [broker] has no cert and key: say there where they belong")
+    if link.secret_key_file is None:
+        raise ConfigError(
+            "[enrol] binds the data plane's key and [data] has none: give server_public_key, secret_key_file"
+        )
+    return config
+
+
+def _update(table: _Table) -> UpdateConfig:
+    default = UpdateConfig()
+    hold_s = table.number("hold_s", 0.1, 86_400, default.hold_s)
+    deadline_s = table.number("deadline_s", 0.1, 7 * 86_400, max(default.deadline_s, 4 * hold_s))
+    if deadline_s <= hold_s:
+        raise table.fail("deadline_s", deadline_s, "more than hold_s")
+    return UpdateConfig(_signers(table), hold_s, deadline_s)
+
+
 def _guard(table: _Table) -> GuardConfig:
     default = GuardConfig()
     return GuardConfig(
@@ -334,14 +441,17 @@ def _power_model(table: _Table) -> PowerModelConfig:
     )
 
 
-def parse(text: str, base: Path) -> Config:
-    """Configuration in `text`; relative paths are below `base`.  Raises: ConfigError."""
+def parse(text: str, base: Path, enrolled: bool = True, file: str = "FILE") -> Config:
+    """Configuration in `text`; relative paths are below `base`.  Raises: ConfigError.
+
+    `enrolled` False: before the first start, when certificate and key may not be there yet. `file`: what `text` was read from.
+    """
     try:
         tree = toml_file.loads(text)
     except toml_file.TomlError as error:
         raise ConfigError(f"not TOML: {str(error)[:200]}: correct that line") from None
     known = {"node": True, "bundle": False, "broker": False, "data": True, "telemetry": False, "guard": False}
-    known |= {"power_model": False, "history": False}
+    known |= {"power_model": False, "history": False, "enrol": False, "update": False}
     for name in tree:
         if name not in known:
             raise ConfigError(f"[{name}] is unknown: use {', '.join(known)}")
@@ -351,15 +461,22 @@ def parse(text: str, base: Path) -> Config:
             raise ConfigError(f"[{name}] is missing: add that table")
         tables[name] = _Table(name, tree.get(name, {}), base)
     telemetry = tables["telemetry"]
+    remedy = f"run `node-agent enrol --config {file}`" if "enrol" in tree else ""
+    broker = _broker(tables["broker"], enrolled, remedy) if "broker" in tree else None
+    link = _link(tables["data"])
+    bundle = _bundle(tables["bundle"])
+    _check_trust(bundle, link)
     config = Config(
         _node(tables["node"]),
-        _bundle(tables["bundle"]),
-        _broker(tables["broker"]) if "broker" in tree else None,
-        _link(tables["data"]),
+        bundle,
+        broker,
+        link,
         TelemetryConfig(telemetry.number("period_s", 0.05, 3600, 1.0), telemetry.number("sample_hz", 0.1, 1000, 10.0)),
         _guard(tables["guard"]),
         _power_model(tables["power_model"]) if "power_model" in tree else None,
         _history(tables["history"]),
+        _enrol(tables["enrol"], broker, link) if "enrol" in tree else None,
+        _update(tables["update"]),
     )
     for name, table in tables.items():
         if name in tree:
@@ -367,8 +484,11 @@ def parse(text: str, base: Path) -> Config:
     return config
 
 
-def load(path: Path) -> Config:
-    """The configuration in a file.  Raises: ConfigError naming the file, the field and the next step."""
+def load(path: Path, enrolled: bool = True) -> Config:
+    """The configuration in a file; `enrolled` as in `parse`.
+
+    Raises: ConfigError naming the file, the field and the next step.
+    """
     try:
         with open(path, "rb") as file:
             raw = file.read(MAX_CONFIG_BYTES + 1)
@@ -377,7 +497,7 @@ def load(path: Path) -> Config:
     if len(raw) > MAX_CONFIG_BYTES:
         raise ConfigError(f"{path} is over {MAX_CONFIG_BYTES} bytes: not a configuration of ours")
     try:
-        return parse(raw.decode(), path.resolve().parent)
+        return parse(raw.decode(), path.resolve().parent, enrolled, str(path))
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text: save it again as UTF-8") from None
     except ConfigError as error:

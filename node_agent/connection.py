@@ -19,7 +19,7 @@ from paho.mqtt import client as mqtt
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from node_agent import wire
+from node_agent import key_pair, wire
 from node_agent.config import BrokerConfig
 from node_agent.errors import ConfigError
 from node_agent.mqtt_mend import Mended
@@ -77,7 +77,7 @@ class Connection:
         self._client: mqtt.Client | None = None
         self._stop = threading.Event()
         self._ended = threading.Event()
-        self._taken = False
+        self._taken = self._renewing = False
         self._reported: set[str] = set()
         self.unheard: set[int] = set()  # message ids of this connection that the broker had no subscriber for
         self._thread = threading.Thread(target=self._run, name="broker", daemon=True)
@@ -103,6 +103,17 @@ class Connection:
         client = self._client
         return client.publish(topic, payload, qos, retain, properties) if client is not None and self._taken else None
 
+    def reconnect(self) -> None:
+        """Takes this node's certificate from its files anew, and connects again with it at once. From any thread.
+
+        Raises: ConfigError for certificates that cannot be used: the connection stays as it is.
+        """
+        self._tls = self._tls_context()
+        client = self._client
+        if client is not None and self._taken:
+            self._renewing = True
+            client.disconnect()
+
     def subscribe(self, *topics: str) -> None:
         self._client.subscribe([(topic, 1) for topic in topics])
 
@@ -117,6 +128,7 @@ class Connection:
     def _connect_once(self) -> bool:
         """One connection from its first try to its end; True when the broker had taken it."""
         self._ended.clear()
+        self._renewing = False
         client = self._client = self._make_client()
         self.unheard.clear()
         properties = Properties(PacketTypes.CONNECT)
@@ -148,6 +160,8 @@ class Connection:
         if not broker.ca:
             return None
         try:
+            if broker.cert:
+                key_pair.settle(broker.cert, broker.key)
             context = ssl.create_default_context(cafile=str(broker.ca))
             context.minimum_version = ssl.TLSVersion.TLSv1_2
             if broker.cert:
@@ -196,7 +210,9 @@ class Connection:
         self._up()
 
     def _disconnected(self, client: mqtt.Client, userdata: Any, flags: Any, reason: Any, properties: Any) -> None:
-        if not self._stop.is_set() and self._taken:
+        if self._renewing:
+            log.info("connecting to the broker again, with the new certificate")
+        elif not self._stop.is_set() and self._taken:
             self._report("lost", f"connection to the broker lost ({reason}): trying again")
         elif not self._stop.is_set() and "refused" not in self._reported:
             # As when TLS refuses our certificate: the handshake is done on our side before the broker's alert comes.

@@ -40,6 +40,13 @@ class _Event:
         self.payload = payload
         self.sent: mqtt.MQTTMessageInfo | None = None
 
+    @property
+    def arrived(self) -> bool:
+        try:
+            return self.sent is not None and self.sent.is_published()
+        except (RuntimeError, ValueError):  # paho says so of a message that it was given as the connection broke
+            return False
+
 
 class Control:
     """The node as the broker sees it. Use as a context manager.
@@ -152,7 +159,7 @@ class Control:
             self._send_events()
 
     def _send_events(self) -> None:
-        while self._events and self._events[0].sent is not None and self._events[0].sent.is_published():
+        while self._events and self._events[0].arrived:
             self._events.popleft()
         if self._born:
             for event in self._events:
@@ -169,6 +176,14 @@ class Control:
         with self._sending:
             if self._connection.is_up:  # else the next connection begins with one
                 self._rebirth()
+
+    @property
+    def connected(self) -> bool:
+        return self._connection.is_up
+
+    def reconnect(self) -> None:
+        """Connects again with the certificate that is in its files now; a birth follows. From any thread.  Raises: ConfigError."""
+        self._connection.reconnect()
 
     def _rebirth(self) -> None:
         birth = wire.encode(self._make_birth(self._bd_seq))  # under the lock: an older one must not be sent after it
@@ -207,7 +222,7 @@ class Control:
             self._born = False
             self._forwarder.down()
             for event in self._events:
-                if event.sent is not None and not event.sent.is_published():
+                if not event.arrived:
                     event.sent = None  # its fate is unknown: it is sent again, at least once
 
     def _message(self, message: mqtt.MQTTMessage) -> None:

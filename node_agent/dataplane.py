@@ -8,23 +8,21 @@ Leaves out: what an expert is (experts.py) and the layout of frames (frame.py).
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
 from collections import deque
-from pathlib import Path
 from typing import Callable
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from node_agent import compress, frame, pacing
-from node_agent.config import Z85_PATTERN, LinkConfig
+from node_agent.config import LinkConfig
 from node_agent.counters import Counters
-from node_agent.errors import ConfigError, UnknownExpertError
+from node_agent.curve_key import own_key
+from node_agent.errors import UnknownExpertError
 from node_agent.experts import Experts
 from node_agent.pacing import Pacer, Request
-from node_agent.shard import atomic_file
 from node_agent.zmtp import HandshakeError, OversizedError, ZmtpDealer
 
 HELLO_PERIOD_S = 1.0
@@ -143,34 +141,6 @@ class Service:
                 text=f"{self._node}: {text}",
             )
         )
-
-
-def own_key(path: Path) -> tuple[bytes, bytes]:
-    """(public, secret) CURVE key of this node, Z85; made in `path` (readable by its owner alone) when there is none.
-
-    Raises: ConfigError for a file that holds no key or that others may read.
-    """
-    try:
-        mode = path.stat().st_mode
-        secret = path.read_text().strip()
-    except FileNotFoundError:
-        public, made = zmq.curve_keypair()
-        previous = os.umask(0o077)
-        try:
-            with atomic_file(path) as file:
-                file.write(made + b"\n")
-        finally:
-            os.umask(previous)
-        return public, made
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"[data] secret_key_file {path} cannot be read ({error}): mend or remove it") from None
-    if mode & 0o077:
-        raise ConfigError(f"[data] secret_key_file {path} can be read by others: chmod 600 {path}")
-    if not Z85_PATTERN.fullmatch(secret):
-        raise ConfigError(
-            f"[data] secret_key_file {path} holds no key of 40 characters: remove it and a new one is made"
-        )
-    return zmq.curve_public(secret.encode()), secret.encode()
 
 
 def open_dealer(

@@ -53,12 +53,12 @@ class TestBundle:
         return out
 
 
-def make_bundle(root: Path) -> TestBundle:
-    """A bundle of LAYERS x EXPERTS experts in three precisions, with random weights."""
+def make_bundle(root: Path, seed: int = 1) -> TestBundle:
+    """A bundle of LAYERS x EXPERTS experts in three precisions, with random weights; by another seed: a newer version of it."""
     from quantize.expert_graph import expert_model
     from quantize.nbits import dequantize, round_to_nearest
 
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(seed)
     weights, entries, stems = {}, [], []
     for layer in range(LAYERS):
         for expert in range(EXPERTS):

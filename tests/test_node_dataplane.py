@@ -16,7 +16,8 @@ from ground_station.broker import free_port
 from node_agent import compress, dataplane, experts, frame
 from node_agent.config import LinkConfig
 from node_agent.counters import Counters
-from node_agent.dataplane import DataPlane, Service, own_key
+from node_agent.curve_key import own_key
+from node_agent.dataplane import DataPlane, Service
 from node_agent.errors import ConfigError
 
 
