@@ -75,8 +75,9 @@ def write_pack(folder: FleetFolder, record: NodeRecord, token: str, out: Path) -
     pack.mkdir(exist_ok=True, mode=0o700)
     pack.chmod(0o700)
     # an older pack's token is dead: it must not lie beside the new configuration if the power fails now
-    with contextlib.suppress(FileNotFoundError):
-        (pack / enrolment.CLAIM).unlink()
+    for name in (enrolment.CLAIM, enrolment.FLASHED):  # and the new one has been on no card yet
+        with contextlib.suppress(FileNotFoundError):
+            (pack / name).unlink()
     text = configuration(folder, record, int(time.time()))
     for name, data, mode in (
         (enrolment.CONFIG, text.encode(), 0o644),

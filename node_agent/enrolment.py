@@ -22,6 +22,8 @@ MAX_ANSWER_BYTES = 64 * 1024
 
 CONFIG, CA, CLAIM = "spacemoe.toml", "ca.pem", "claim"
 """Files of a provision pack."""
+FLASHED = "flashed.json"
+"""Beside them once the pack went onto a card: its token may be used by then."""
 CERT, KEY, CURVE_KEY = "node.pem", "node.key", "curve.key"
 """What the board makes or gets beside them."""
 MAX_PACK_FILE_BYTES = 256 * 1024

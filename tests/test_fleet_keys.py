@@ -328,8 +328,10 @@ def test_init_add_list_on_the_command_line(tmp_path, capsys, monkeypatch):
     assert (pack / "ca.pem").read_bytes() == folder.path("ca.pem").read_bytes()
     code, _, err = spacemoe(capsys, "fleet", "add", "sat-1", "--board", "pi5", "--dir", "lab")
     assert code == 2 and "--again" in err and (pack / "claim").read_text().strip() == token
+    (pack / "flashed.json").write_text("{}")  # as `spacemoe flash` leaves it
     code, out, _ = spacemoe(capsys, "fleet", "add", "sat-1", "--board", "pi5", "--dir", "lab", "--again")
     assert code == 0 and (pack / "claim").read_text().strip() != token
+    assert not (pack / "flashed.json").exists()
     node, board = "a" * 32, "b" * 32
     spacemoe(capsys, "fleet", "add", node, "--board", board, "--dir", "lab", "--valid-days", 2)
     code, out, _ = spacemoe(capsys, "fleet", "list", "--dir", "lab")
