@@ -1,5 +1,6 @@
-"""Starts, watches and restarts the fleet's MQTT 5 broker as a child on loopback; leaves out TLS and rights per node.
+"""Starts, watches and restarts the fleet's MQTT 5 broker as a child: plain on loopback, or with mutual TLS for a fleet's folder.
 
+Leaves out: what the fleet's broker is told (broker_fleet.py) and which node may do what (broker_rights.py).
 Two kinds. `mosquitto`, when the program is there: the one for real fleets. Otherwise `embedded`: rumqttd out of the PyPI
 package iotcore, for a demo and tests on one machine. Known limits of the embedded kind (iotcore 0.4): no access control,
 no client certificates, no persistence (retained messages are gone after a restart: nodes publish their birth again when
@@ -13,8 +14,10 @@ parent alone, which can then let nodes say goodbye before it stops the broker.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import getpass
+import ipaddress
 import logging
 import os
 import random
@@ -27,9 +30,16 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+import psutil
 
 from node_agent import wire
+
+if TYPE_CHECKING:
+    import ssl
+
+    from ground_station.fleet_records import FleetFolder
 
 LOOPBACK = "127.0.0.1"
 PORTS = range(20_000, 32_000)  # below what Linux takes for outgoing connections (ip_local_port_range)
@@ -58,9 +68,12 @@ def find_mosquitto() -> str | None:
 
 def mosquitto_config(port: int, folder: Path) -> str:
     """Configuration of a loopback listener that needs no password; state is kept in `folder`."""
+    return "\n".join([f"listener {port} {LOOPBACK}", "allow_anonymous true", *common_config(folder)]) + "\n"
+
+
+def common_config(folder: Path) -> list[str]:
+    """Lines that hold for every listener."""
     lines = [
-        f"listener {port} {LOOPBACK}",
-        "allow_anonymous true",
         # Without it QoS 1 and fan-out wait 40 ms and more for delayed acknowledgements.
         "set_tcp_nodelay true",
         "max_inflight_messages 200",
@@ -76,7 +89,7 @@ def mosquitto_config(port: int, folder: Path) -> str:
     if os.geteuid() == 0:
         # As root mosquitto changes to its own user, who may not write into the run folder.
         lines.append(f"user {getpass.getuser()}")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def embedded_config(port: int) -> str:
@@ -99,13 +112,16 @@ max_inflight_count = 200
 """
 
 
-def accepts_mqtt5(host: str, port: int, timeout_s: float = 1.0) -> bool:
-    """True when an MQTT 5 CONNECT to host:port is answered by a CONNACK of reason 0."""
+def accepts_mqtt5(host: str, port: int, timeout_s: float = 1.0, tls: ssl.SSLContext | None = None) -> bool:
+    """True when an MQTT 5 CONNECT to host:port, with `tls` inside TLS, is answered by a CONNACK of reason 0."""
     client_id = f"spacemoe-probe-{os.getpid()}".encode()
     # MQTT 5 section 3.1: protocol name and version 5, clean start, keep-alive 5 s, no properties, client id.
     variable = b"\x00\x04MQTT\x05\x02\x00\x05\x00" + len(client_id).to_bytes(2, "big") + client_id
     try:
-        with socket.create_connection((host, port), timeout=timeout_s) as link:
+        with (
+            socket.create_connection((host, port), timeout=timeout_s) as plain,
+            tls.wrap_socket(plain, server_hostname=host) if tls else contextlib.nullcontext(plain) as link,
+        ):
             link.sendall(b"\x10" + bytes([len(variable)]) + variable)
             answer = b""
             while len(answer) < 4:
@@ -134,6 +150,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _own_address(bind: str) -> str:
+    """Where this machine finds what listens on `bind`.  Raises: AddressError."""
+    try:
+        address = ipaddress.ip_address(LOOPBACK if bind == "localhost" else bind)
+    except ValueError:
+        raise AddressError(
+            f"{bind[:80]!r} is no IP address to listen on: give one of this machine, or 0.0.0.0"
+        ) from None
+    if address.is_unspecified:
+        return LOOPBACK if address.version == 4 else "::1"
+    return str(address)
+
+
 class Broker:
     """A broker that runs between `start` and `stop` (or inside `with`); `host`, `port` and `kind` hold after `start`.
 
@@ -142,11 +171,26 @@ class Broker:
         kind: 'auto' takes mosquitto when it is there, else the embedded broker; a kind that is named is never replaced.
         port: 0 takes a free one, which `restart` keeps.
         external: 'HOST:PORT' of a broker that runs already; then nothing is started.
+        fleet: its certificates are asked for, and its records say who may do what; needs mosquitto.
+        bind: address to listen on; another than a loopback one only with `fleet`. `host` is then where this machine finds it.
     Raises: BrokerError.
     """
 
-    def __init__(self, run_dir: Path, kind: Kind = "auto", port: int = 0, external: str = "") -> None:
-        self.host, self.port = LOOPBACK, port
+    def __init__(
+        self,
+        run_dir: Path,
+        kind: Kind = "auto",
+        port: int = 0,
+        external: str = "",
+        fleet: FleetFolder | None = None,
+        bind: str = LOOPBACK,
+    ) -> None:
+        self.host, self.port = _own_address(bind), port
+        self.bind, self.fleet = bind, fleet
+        if fleet is None and not ipaddress.ip_address(self.host if bind == "localhost" else bind).is_loopback:
+            raise AddressError(
+                f"a broker without certificates does not listen on {bind}: give a fleet, or bind {LOOPBACK}"
+            )
         self.folder = Path(run_dir).resolve() / "broker"
         self._child: subprocess.Popen | None = None
         if external or kind == "external":
@@ -157,7 +201,9 @@ class Broker:
             return
         program = find_mosquitto()
         if kind == "auto":
-            kind = "mosquitto" if program else "embedded"
+            kind = "mosquitto" if program or fleet is not None else "embedded"
+        if kind == "embedded" and fleet is not None:
+            raise BrokerError("the embedded broker knows no certificates: apt-get install mosquitto for a fleet")
         if kind == "mosquitto" and program is None:
             raise BrokerError("mosquitto is not installed; apt-get install mosquitto, or use the embedded broker")
         if kind not in ("mosquitto", "embedded"):
@@ -182,14 +228,13 @@ class Broker:
         if self.running:
             return self
         self.port = self.port or free_port()
+        tls = self._tls()
         self._refuse_taken_port()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # iotcore knows the format of its configuration by the suffix.
             config = self.folder / ("mosquitto.conf" if self.kind == "mosquitto" else "rumqttd.toml")
-            config.write_text(
-                mosquitto_config(self.port, self.folder) if self.kind == "mosquitto" else embedded_config(self.port)
-            )
+            config.write_text(self._config())
             log = open(self.folder / "broker.log", "ab")
         except OSError as error:
             raise BrokerError(f"cannot write {self.folder}: {error.strerror}; choose another run folder") from error
@@ -206,7 +251,7 @@ class Broker:
             )
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline and self.running:
-            if accepts_mqtt5(self.host, self.port):
+            if accepts_mqtt5(self.host, self.port, tls=tls):
                 return self
             time.sleep(0.02)
         self.stop()
@@ -232,6 +277,34 @@ class Broker:
         self.stop()
         self.start()
 
+    def reload(self) -> None:
+        """Makes mosquitto read the certificates and the revocation list again; who is connected stays.  Raises: BrokerError."""
+        try:
+            # not by way of the guard, which could be slow: what is asked of the broker next must come after this
+            psutil.Process(self._child.pid).children()[0].send_signal(signal.SIGHUP)
+        except (AttributeError, IndexError, psutil.Error):  # not started, or it ends just now
+            text = f"no mosquitto runs on port {self.port} that could read its certificates again; restart it"
+            raise BrokerError(text) from None
+
+    def _config(self) -> str:
+        if self.fleet is not None:
+            from ground_station import broker_fleet
+
+            return broker_fleet.prepare(self.fleet, self.port, self.bind, self.folder)
+        return mosquitto_config(self.port, self.folder) if self.kind == "mosquitto" else embedded_config(self.port)
+
+    def _tls(self) -> ssl.SSLContext | None:
+        if self.fleet is None:
+            return None
+        from ground_station import broker_fleet
+
+        try:
+            return broker_fleet.client_context(*broker_fleet.ground_files(self.fleet))
+        except (OSError, ValueError) as error:
+            raise BrokerError(
+                f"the ground station's certificate in {self.fleet.root} cannot be used ({error}): restore it from a backup"
+            ) from None
+
     def __enter__(self) -> Broker:
         return self.start()
 
@@ -240,10 +313,10 @@ class Broker:
 
     def _refuse_taken_port(self) -> None:
         """A broker that already listens there would answer the readiness probe in our child's name."""
-        with socket.socket() as probe:
+        with socket.socket(socket.AF_INET6 if ":" in self.bind else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((self.host, self.port))
+                probe.bind((self.bind, self.port))
             except OSError as error:
                 raise BrokerError(
                     f"port {self.port} cannot be used ({error.strerror}); "

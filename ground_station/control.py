@@ -10,16 +10,19 @@ from __future__ import annotations
 import logging
 import secrets
 import socket
+import sys
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import paho.mqtt.client as mqtt
 from paho.mqtt import MQTTException
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
+from ground_station.broker_fleet import use_certificates
 from ground_station.fleet import Action, AskHistory, Instant, NodeState, Taken, apply, reconnected
 from node_agent import wire
 from node_agent.mqtt_mend import Mended
@@ -57,7 +60,9 @@ class Control:
         clock: gives the time; injected so that tests can move it.
         on_telemetry: called in paho's thread with (node, telemetry) for each message that comes for the first time, live or as
             history, in the order of its arrival.
-    Raises: wire.WireError for an illegal fleet id, ControlError from `start` when no broker answers.
+        tls: (authority, certificate, key), PEM files: of a broker that asks for certificates.
+    Raises: wire.WireError for an illegal fleet id, ControlError for certificates that cannot be used, and from `start` when no
+    broker answers.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class Control:
         port: int,
         clock: Callable[[], Instant] = now,
         on_telemetry: Callable[[str, Taken], None] | None = None,
+        tls: tuple[Path, Path, Path] | None = None,
     ) -> None:
         self.topics = wire.Topics(fleet)
         self.host, self.port = host, port
@@ -89,6 +95,13 @@ class Control:
         self._client.reconnect_delay_set(min_delay=0.2, max_delay=2.0)
         self._client.will_set(self.topics.ground_status(), self._ground_status("offline"), qos=1, retain=True)
         self._client.on_socket_open = _no_delay
+        if tls is not None:
+            try:
+                use_certificates(self._client, *tls)
+            except (OSError, ValueError) as error:
+                raise ControlError(
+                    f"{tls[0]}, {tls[1]} or {tls[2]} cannot be used ({error}): run as the fleet folder's owner, or restore them"
+                ) from None
         self._client.on_connect = self._on_connect
         self._client.on_connect_fail = self._on_connect_fail
         self._client.on_disconnect = self._on_disconnect
@@ -106,7 +119,10 @@ class Control:
             refusal = "" if self._connected else self._refusal
         if refusal:
             self.stop()
-            raise ControlError(f"broker at {self.host}:{self.port}: {refusal}; check that it runs and the address")
+            certificates = "" if "no answer" in refusal else ", and, where it asks for certificates, whose they are"
+            raise ControlError(
+                f"broker at {self.host}:{self.port}: {refusal}; check that it runs and the address{certificates}"
+            )
         return self
 
     def stop(self) -> None:
@@ -198,6 +214,10 @@ class Control:
         if self.connected:
             self._client.publish(topic, wire.encode(message), qos=0)
 
+    def alarm(self, event: wire.Event) -> None:
+        """Publishes what the ground station itself found, QoS 1: it is kept until the broker is connected."""
+        self._client.publish(self.topics.ground_event(), wire.encode(event), qos=1)
+
     def _send(self, node: str, name: str, identity: str, timeout_s: float, arguments: dict[str, str]) -> bool:
         topic = self.topics.command(node, name)
         if not self.connected:
@@ -235,7 +255,8 @@ class Control:
         self._set_link(True, "")
 
     def _on_connect_fail(self, _client, _userdata) -> None:
-        self._set_link(False, "cannot connect")
+        error = sys.exc_info()[1]  # paho tells nobody but the one who asks here
+        self._set_link(False, "cannot connect" + (f" ({error})" if error else ""))
 
     def _on_disconnect(self, _client, _userdata, _flags, reason, _properties) -> None:
         self._set_link(False, f"disconnected: {reason}")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ground_station import placement_problem as pp
 from ground_station.carry_out import Journal, Step, steps_of, undone
@@ -24,6 +25,9 @@ from ground_station.plan_fleet import MAX_NODES, Fleet, Node, problem
 from node_agent.delivery_frame import Shard
 from node_agent.shard import Manifest
 from node_agent.wire import Birth
+
+if TYPE_CHECKING:
+    from ground_station.allow_list import AllowList
 
 LOOK_S = 3.0
 POLL_S = 0.05
@@ -53,8 +57,15 @@ class Planned:
 class PatientDeliverer(Deliverer):
     """A Deliverer that waits as long for each node as it was told to."""
 
-    def __init__(self, endpoint: str, curve_keys: tuple[bytes, bytes] | None, patience_s: float):
-        super().__init__(endpoint, curve_keys)
+    def __init__(
+        self,
+        endpoint: str,
+        curve_keys: tuple[bytes, bytes] | None,
+        patience_s: float,
+        allowed: AllowList | None = None,
+        any_key: bool = False,
+    ):
+        super().__init__(endpoint, curve_keys, allowed, any_key)
         self.patience_s = patience_s
 
     def deliver(self, *args, **options) -> Delivered:
