@@ -2,12 +2,14 @@
 
 Every transfer begins with an offer; the node says what it has, with the sha256 of just that, and only what it lacks is sent,
 also after the node was killed, the connection cut, or a contact has ended in the middle. Chunks go out in a window of
-unacknowledged bytes. Loopback may be plain; any other address needs CURVE keys, the same as the first socket's.
+unacknowledged bytes. Loopback may be plain; any other address needs CURVE keys and a list of who may speak, the same as the
+first socket's.
 Leaves out: what should be where (placement), when there is a contact (contacts.py), how one is imposed (delivery_pace.py).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import secrets
@@ -17,12 +19,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import zmq
 
 from ground_station.delivery_pace import Direct, Paced, Slot, Windows
-from ground_station.link import LinkError, is_loopback, open_router
-from node_agent import delivery_frame, shard, wire
+from ground_station.link import LinkError, check_protected, open_router, take
+from node_agent import delivery_frame, shard, signature, wire
+from node_agent.bundle_file import SHARD_SIGNATURES
 from node_agent.delivery_frame import (
     ACK,
     CHUNK,
@@ -30,13 +34,19 @@ from node_agent.delivery_frame import (
     DROP,
     DROPPED,
     OFFER,
+    OFFER_AGENT,
     REFUSED,
+    STAGED,
     STATE,
+    AgentOffer,
     Have,
     Message,
     Offer,
     Shard,
 )
+
+if TYPE_CHECKING:
+    from ground_station.allow_list import AllowList
 
 PATIENCE_S = 30.0  # without any progress, while there is a contact
 OFFER_AGAIN_S = 2.0
@@ -117,6 +127,13 @@ class _Files:
         return digest.hexdigest() == have.sha256
 
 
+def _signature(root: Path, stem: str) -> bytes:
+    """Of a shard, from the bundle's shards.sig; empty where the bundle is not signed."""
+    if not (root / SHARD_SIGNATURES).exists():
+        return b""
+    return signature.read_shard_signatures(root).signatures.get(stem, b"")
+
+
 class _Sending:
     """How far a transfer is: `written` as the node says, `next` what goes out next, for each file."""
 
@@ -126,6 +143,7 @@ class _Sending:
         self.next = [0] * len(files.entries)
         self.total = sum(entry.bytes for entry in files.entries)
         self.had_bytes: int | None = None
+        self.ended = DONE  # or STAGED
         self.sent_bytes = self.offers = 0
         self.first_s: float | None = None
         self.arrived_s: float | None = None
@@ -203,10 +221,15 @@ class _Patience:
 class Deliverer:
     """Owns the ROUTER socket; use it as a context manager and from one thread only."""
 
-    def __init__(self, endpoint: str = "tcp://127.0.0.1:*", curve_keys: tuple[bytes, bytes] | None = None):
-        """`curve_keys` = (public, secret), Z85.  Raises: LinkError when the endpoint is not to be had or not protected."""
-        if curve_keys is None and not is_loopback(endpoint):
-            raise LinkError(f"{endpoint} is not loopback: give CURVE keys or bind 127.0.0.1")
+    def __init__(
+        self,
+        endpoint: str = "tcp://127.0.0.1:*",
+        curve_keys: tuple[bytes, bytes] | None = None,
+        allowed: AllowList | None = None,
+        any_key: bool = False,
+    ):
+        """Arguments as of link.Link.  Raises: LinkError when the endpoint is not to be had or not protected."""
+        check_protected(endpoint, curve_keys, allowed, any_key)
         self.bad_frames = 0
         self.unasked_frames = 0
         options = {
@@ -216,8 +239,8 @@ class Deliverer:
             zmq.HEARTBEAT_TIMEOUT: 6000,
         }
         try:
-            self._context, self._socket = open_router(endpoint, curve_keys, options)
-        except zmq.ZMQError as error:
+            self._context, self._socket, self._gate = open_router(endpoint, curve_keys, options, allowed)
+        except (OSError, zmq.ZMQError) as error:
             raise LinkError(f"cannot listen on {endpoint}: {error}; choose another port") from None
         self.endpoint: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._answers: deque[tuple[float, float, Message]] = (
@@ -226,7 +249,14 @@ class Deliverer:
 
     def close(self) -> None:
         self._socket.close()
+        if self._gate is not None:
+            self._gate.close()
         self._context.term()
+
+    @property
+    def dropped_connections(self) -> dict[str, int] | None:
+        """As of link.Link."""
+        return None if self._gate is None else dict(self._gate.dropped)
 
     def __enter__(self) -> Deliverer:
         return self
@@ -246,27 +276,72 @@ class Deliverer:
         progress: Progress = lambda done, total: None,
         patience_s: float = PATIENCE_S,
     ) -> Delivered:
-        """Sends a shard of the bundle at `root` until the node has loaded it; what it has already is not sent.
+        """Sends a shard of the bundle at `root` until the node has loaded it; what it has already is not sent. With the bundle's
+        signature of it, if there is one: nodes that know signers take no other.
 
         `windows`: contacts to impose on the transfer; without them it runs as fast as the link allows.
-        Raises: shard.BundleError, DeliveryRefused, NoContact, DeliveryError after `patience_s` without progress.
+        Raises: shard.BundleError, signature.SignatureError for a damaged shards.sig, DeliveryRefused, NoContact, DeliveryError after
+        `patience_s` without progress.
         """
-        offer = Offer(
-            Shard(entry.layer, entry.expert, entry.precision), manifest.dims.hidden, manifest.name, entry.files
-        )
-        wire.check_id(node)
-        began_s = time.monotonic()
+        which = Shard(entry.layer, entry.expert, entry.precision)
+        offer = Offer(which, manifest.dims.hidden, manifest.name, entry.files, _signature(root, which.stem))
         with ExitStack() as stack:
             sending = _Sending(_Files(root, entry.files, stack))
-            for air in self._contacts(node, sending, windows):
-                done_s = self._in_contact(node, offer, sending, air, progress, patience_s)
-                if done_s is not None:
-                    break
+            asked = Message(OFFER, 0, offer=offer)
+            return self._whole(node, asked, which.stem, sending, windows, progress, patience_s)
+
+    def update(
+        self,
+        node: str,
+        package: Path,
+        offer: AgentOffer,
+        progress: Progress = lambda done, total: None,
+        patience_s: float = PATIENCE_S,
+    ) -> bool:
+        """Sends an update of the agent itself; True: it runs there already and is good, False: it is staged, to be tried next.
+
+        Raises: as `deliver`.
+        """
+        with ExitStack() as stack:
+            file = shard.FileEntry(package.name, offer.bytes, offer.sha256)
+            sending = _Sending(_Files(package.parent, (file,), stack))
+            asked = Message(OFFER_AGENT, 0, update=offer)
+            self._whole(node, asked, offer.name, sending, None, progress, patience_s)
+        return sending.ended == DONE
+
+    def ask_update(self, node: str, offer: AgentOffer, wait_s: float) -> Message | None:
+        """What the node says of an update that was sent to it: DONE (good), REFUSED (kind "busy": on trial), STATE (it is not there);
+        None: nothing, for `wait_s`."""
+        transfer, end_s, air = secrets.randbits(64), time.monotonic() + wait_s, Direct()
+        self._answers.clear()
+        if self._send(node, delivery_frame.pack(Message(OFFER_AGENT, transfer, update=offer))):
+            self._until(node, transfer, air, end_s, any_answer=True)
+            for _, _, answer in self._due(node, transfer, air):
+                return answer
+        time.sleep(RETRY_S)
+        return None
+
+    def _whole(
+        self,
+        node: str,
+        asked: Message,
+        name: str,
+        sending: _Sending,
+        windows: Windows | None,
+        progress: Progress,
+        patience_s: float,
+    ) -> Delivered:
+        wire.check_id(node)
+        began_s = time.monotonic()
+        for air in self._contacts(node, sending, windows):
+            done_s = self._in_contact(node, asked, name, sending, air, progress, patience_s)
+            if done_s is not None:
+                break
         progress(sending.total, sending.total)
         had = sending.total if sending.had_bytes is None else sending.had_bytes
         return Delivered(
             node,
-            offer.shard.stem,
+            name,
             sending.total,
             had,
             sending.sent_bytes,
@@ -322,7 +397,8 @@ class Deliverer:
     def _in_contact(
         self,
         node: str,
-        offer: Offer,
+        asked: Message,
+        name: str,
         sending: _Sending,
         air: Direct | Paced,
         progress: Progress,
@@ -331,7 +407,7 @@ class Deliverer:
         """Offers and sends until the shard is loaded (returns when) or the contact is over (None)."""
         patience = _Patience(patience_s, max(time.monotonic(), air.opens_s))
         while time.monotonic() < air.closes_s and not air.spent:
-            done_s = self._once(node, offer, sending, air, progress, patience)
+            done_s = self._once(node, asked, sending, air, progress, patience)
             if done_s is not None:
                 return done_s
             if time.monotonic() > patience.end_s:
@@ -339,14 +415,14 @@ class Deliverer:
         else:
             return None
         raise DeliveryError(
-            f"{node} took {sum(sending.written)} of {sending.total} bytes of {offer.shard.stem} and then nothing for "
+            f"{node} took {sum(sending.written)} of {sending.total} bytes of {name} and then nothing for "
             f"{patience_s:g} s: see that its agent runs and that delivery_endpoint in its configuration is {self.endpoint}"
         )
 
     def _once(
         self,
         node: str,
-        offer: Offer,
+        asked: Message,
         sending: _Sending,
         air: Direct | Paced,
         progress: Progress,
@@ -356,7 +432,7 @@ class Deliverer:
         patience is."""
         transfer = secrets.randbits(64)
         self._answers.clear()
-        request = delivery_frame.pack(Message(OFFER, transfer, offer=offer))
+        request = delivery_frame.pack(dataclasses.replace(asked, transfer=transfer))
         now_s = time.monotonic()
         slot = air.slot(now_s, len(request), is_chunk=False)
         if slot is None or slot.size < len(request):
@@ -372,7 +448,8 @@ class Deliverer:
         patience.look(sending, heard_s)
         while True:
             for received_s, at_s, answer in self._due(node, transfer, air):
-                if answer.kind == DONE:
+                if answer.kind in (DONE, STAGED):
+                    sending.ended = answer.kind
                     return received_s
                 if time.monotonic() > patience.end_s:
                     return None
@@ -425,6 +502,8 @@ class Deliverer:
 
     def _send(self, node: str, data: bytes) -> bool:
         """Hands a frame to libzmq; False when the node is not connected, or takes nothing in for FULL_S."""
+        if self._gate is not None and not self._gate.allows(node.encode()):
+            return False
         end_s = time.monotonic() + FULL_S
         while True:
             try:
@@ -441,9 +520,11 @@ class Deliverer:
         """Takes in what has arrived, without waiting."""
         for _ in range(TAKEN_AT_ONCE):
             try:
-                parts = self._socket.recv_multipart(zmq.NOBLOCK)
+                parts = take(self._socket, self._gate)
             except zmq.Again:
                 return
+            if parts is None:
+                continue
             try:
                 answer = delivery_frame.unpack(parts[1]) if len(parts) == 2 else None
             except delivery_frame.DeliveryFrameError:

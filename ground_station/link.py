@@ -2,7 +2,8 @@
 
 Sends the requests of a layer together and gathers their answers together; knows which nodes are reachable. A node joins by
 its HELLO (a heartbeat each second) and is out when it is unreachable, late or answers with an error, until it says HELLO
-again. Loopback may be plain; any other address needs CURVE keys. Leaves out: what is asked of whom (remote.py).
+again. Loopback may be plain; any other address needs CURVE keys and the list of those who may speak. Leaves out: what is
+asked of whom (remote.py), the check of keys (curve_gate.py).
 """
 
 from __future__ import annotations
@@ -10,13 +11,18 @@ from __future__ import annotations
 import ipaddress
 import re
 import time
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import Iterator
+from typing import TYPE_CHECKING, Iterator
 
 import zmq
 
 from ground_station.zmtp_router import QueueFull, Unreachable, ZmtpRouter
 from node_agent import frame, wire
+
+if TYPE_CHECKING:
+    from ground_station.allow_list import AllowList
+    from ground_station.curve_gate import Gate
 
 HELLO_GRACE_S = 5.0  # five heartbeats: a node that is silent for longer counts as gone
 _REFUSED = re.compile(rf"[^:]{{1,64}}: (?:{'|'.join(frame.REFUSALS)}): ")  # the node is there and well
@@ -74,15 +80,37 @@ def is_loopback(endpoint: str) -> bool:
         return False
 
 
+def check_protected(
+    endpoint: str, curve_keys: tuple[bytes, bytes] | None, allowed: AllowList | None, any_key: bool
+) -> None:
+    """Raises: LinkError for an address that others reach, without keys or with a door that is open to every key."""
+    if allowed is not None and curve_keys is None:
+        raise LinkError(f"{endpoint} has a list of keys and no CURVE keys of its own: give both")
+    if is_loopback(endpoint):
+        return
+    if curve_keys is None:
+        raise LinkError(f"{endpoint} is not loopback: give CURVE keys or bind 127.0.0.1")
+    if allowed is None and not any_key:
+        raise LinkError(
+            f"{endpoint} is not loopback, and without the fleet's list of keys every key would be let in: give the list "
+            "(--dir FLEET), bind 127.0.0.1, or say --any-key"
+        )
+
+
 def open_router(
-    endpoint: str, curve_keys: tuple[bytes, bytes] | None, options: dict[int, int]
-) -> tuple[zmq.Context, zmq.Socket]:
+    endpoint: str,
+    curve_keys: tuple[bytes, bytes] | None,
+    options: dict[int, int],
+    allowed: AllowList | None = None,
+) -> tuple[zmq.Context, zmq.Socket, Gate | None]:
     """A bound ROUTER of libzmq as both sockets for boards have it, with its own context; further `options` of zmq_setsockopt.
 
-    `curve_keys` = (public, secret), Z85: it is the CURVE server.  Raises: zmq.ZMQError; then nothing is left open.
+    `curve_keys` = (public, secret), Z85: it is the CURVE server, and with `allowed` it has a gate, to be closed before the
+    context.  Raises: zmq.ZMQError, OSError; then nothing is left open.
     """
-    context = zmq.Context()
+    context = zmq.Context(io_threads=1)  # the gate counts on one
     router = context.socket(zmq.ROUTER)
+    gate = None
     common = {
         zmq.LINGER: 0,
         zmq.ROUTER_MANDATORY: 1,
@@ -96,29 +124,58 @@ def open_router(
         if curve_keys is not None:
             router.curve_publickey, router.curve_secretkey = curve_keys
             router.curve_server = True
+        if allowed is not None:
+            from ground_station.curve_gate import Gate  # not needed by whoever stays on this machine
+
+            gate = Gate(context, allowed)
+            gate.guard(router)
         router.bind(endpoint)
+        if gate is not None:
+            gate.watch(router)
     except BaseException:
         router.close()
+        if gate is not None:
+            gate.close()
         context.term()
         raise
-    return context, router
+    return context, router, gate
+
+
+def take(router: zmq.Socket, gate: Gate | None) -> list[bytes] | None:
+    """The next message that has come; None for one that the gate turns away.  Raises: zmq.Again."""
+    if gate is None:
+        return router.recv_multipart(zmq.NOBLOCK)
+    parts = [router.recv(zmq.NOBLOCK)]
+    part = router.recv(copy=False)  # the rest of a message has come with its first part
+    parts.append(part.bytes)
+    while part.more:
+        part = router.recv(copy=False)
+        parts.append(part.bytes)
+    return parts if gate.admits(parts[0], part) else None
 
 
 class _LibzmqRouter:
     """libzmq's ROUTER behind the interface of ZmtpRouter: for encrypted links and for ipc."""
 
-    dropped = None  # libzmq does not say
-
-    def __init__(self, endpoint: str, curve_keys: tuple[bytes, bytes] | None):
+    def __init__(self, endpoint: str, curve_keys: tuple[bytes, bytes] | None, allowed: AllowList | None):
         options = {zmq.MAXMSGSIZE: frame.MAX_FRAME_BYTES, zmq.SNDHWM: 256}
-        self._context, self._socket = open_router(endpoint, curve_keys, options)
+        self._context, self._socket, self._gate = open_router(endpoint, curve_keys, options, allowed)
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    @property
+    def dropped(self) -> Counter[str] | None:
+        """Of the gate; libzmq itself does not say."""
+        return None if self._gate is None else self._gate.dropped
 
     def close(self) -> None:
         self._socket.close()
+        if self._gate is not None:
+            self._gate.close()
         self._context.term()
 
     def send(self, identity: bytes, data: bytes) -> None:
+        if self._gate is not None and not self._gate.allows(identity):
+            raise Unreachable("it may not speak with this fleet any more")
         try:
             self._socket.send(identity, zmq.SNDMORE)
             self._socket.send(data)
@@ -132,20 +189,23 @@ class _LibzmqRouter:
             return
         for _ in range(TAKEN_AT_ONCE):
             try:
-                parts = self._socket.recv_multipart(zmq.NOBLOCK)
+                parts = take(self._socket, self._gate)
             except zmq.Again:
                 return
-            yield parts[0], parts[1] if len(parts) == 2 else None
+            if parts is not None:
+                yield parts[0], parts[1] if len(parts) == 2 else None
 
 
-def _open(endpoint: str, curve_keys: tuple[bytes, bytes] | None) -> tuple[ZmtpRouter | _LibzmqRouter, str]:
+def _open(
+    endpoint: str, curve_keys: tuple[bytes, bytes] | None, allowed: AllowList | None
+) -> tuple[ZmtpRouter | _LibzmqRouter, str]:
     """The socket and the endpoint it got.  Raises: LinkError."""
     try:
         if curve_keys is None and endpoint.startswith("tcp://"):
             host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
             router = ZmtpRouter(host.strip("[]"), 0 if port == "*" else int(port), frame.MAX_FRAME_BYTES)
             return router, f"tcp://{host}:{router.port}"
-        libzmq = _LibzmqRouter(endpoint, curve_keys)
+        libzmq = _LibzmqRouter(endpoint, curve_keys, allowed)
         return libzmq, libzmq.endpoint
     except (OSError, ValueError, OverflowError, zmq.ZMQError) as error:
         raise LinkError(f"cannot listen on {endpoint}: {error}; choose another port") from None
@@ -154,15 +214,25 @@ def _open(endpoint: str, curve_keys: tuple[bytes, bytes] | None) -> tuple[ZmtpRo
 class Link:
     """Owns the ROUTER socket; use it as a context manager and from one thread only."""
 
-    def __init__(self, endpoint: str = "tcp://127.0.0.1:*", curve_keys: tuple[bytes, bytes] | None = None):
-        """`curve_keys` = (public, secret), Z85.  Raises: LinkError when the endpoint is not to be had or not protected."""
-        if curve_keys is None and not is_loopback(endpoint):
-            raise LinkError(f"{endpoint} is not loopback: give CURVE keys or bind 127.0.0.1")
-        self._router, self.endpoint = _open(endpoint, curve_keys)
+    def __init__(
+        self,
+        endpoint: str = "tcp://127.0.0.1:*",
+        curve_keys: tuple[bytes, bytes] | None = None,
+        allowed: AllowList | None = None,
+        any_key: bool = False,
+    ):
+        """`curve_keys` = (public, secret), Z85; `allowed`: who may speak, each under its own name; `any_key`: whoever knows the
+        public key may, also outside loopback.  Raises: LinkError when the endpoint is not to be had or not protected."""
+        check_protected(endpoint, curve_keys, allowed, any_key)
+        self._allowed = allowed
+        self._router, self.endpoint = _open(endpoint, curve_keys, allowed)
         self.peers: dict[str, Peer] = {}
         self.bad_frames = 0  # no frames of ours, of nobody we know, or of a kind that is not for us
         self.unasked_frames = 0  # answers that nobody waits for: late ones, and whatever else claims to be one
         self._wanted: dict[int, str] = {}
+        self._aside: dict[int, str] = {}  # request id -> node, of what `ask_aside` sent
+        self.came_aside: dict[int, frame.Frame | Failure] = {}
+        self.quarantined: dict[str, str] = {}  # node -> why: not used whatever it says, until `release`
         self._names: dict[bytes, str] = {}  # routing id -> node, of nodes that have said HELLO
         self._full_until_s = 0.0  # nobody can be forgotten before
 
@@ -182,11 +252,15 @@ class Link:
 
     def is_up(self, node: str) -> bool:
         peer = self.peers.get(node)
-        return peer is not None and peer.up and time.monotonic() - peer.last_seen_s < HELLO_GRACE_S
+        if self._allowed is not None and not self._allowed.allows(node):
+            return False
+        if peer is None or not peer.up or node in self.quarantined:
+            return False
+        return time.monotonic() - peer.last_seen_s < HELLO_GRACE_S
 
     def why_down(self, node: str) -> str:
         """Of a node that is not up, in a few words for the ladder's record."""
-        return "node is down"
+        return "node is quarantined" if node in self.quarantined else "node is down"
 
     def hold(self, nodes: list[str]) -> bool:
         """Waits for one of `nodes`, of which none is up, where waiting may help; whether there may be one now."""
@@ -199,6 +273,13 @@ class Link:
             peer.up = False
             peer.down_until_s = time.monotonic() + QUARANTINE_S
             peer.failures[failure.kind] = peer.failures.get(failure.kind, 0) + 1
+
+    def quarantine(self, node: str, why: str) -> None:
+        """Takes a node out of use until `release`, whatever it says: it returned wrong sums."""
+        self.quarantined[node] = why
+
+    def release(self, node: str) -> None:
+        self.quarantined.pop(node, None)
 
     def drain(self) -> None:
         """Takes in what has arrived (heartbeats, late answers) without waiting."""
@@ -244,6 +325,17 @@ class Link:
         self._wanted[request_id] = node
         return None
 
+    def ask_aside(self, node: str, request_id: int, data: bytes) -> Failure | None:
+        """As `ask`, of an answer that nobody waits for: it is put into `came_aside` when it comes, whenever that is."""
+        if (failure := self.ask(node, request_id, data)) is None:
+            self._aside[request_id] = self._wanted.pop(request_id)
+        return failure
+
+    def forget_aside(self, request_id: int) -> None:
+        """Its answer, should it come, counts as unasked."""
+        self._aside.pop(request_id, None)
+        self.came_aside.pop(request_id, None)
+
     def dismiss(self) -> None:
         """Nobody waits for answers to what was asked so far: they count as unasked when they come."""
         self._wanted.clear()
@@ -272,22 +364,36 @@ class Link:
         except (frame.FrameError, wire.WireError) as error:
             self.bad_frames += 1
             # a wanted answer that cannot be read is a failure of its node, not a reason to wait for the deadline
-            waiting = self._wanted.get(getattr(error, "request_id", 0))
-            if results is not None and waiting and waiting.encode() == identity:
-                del self._wanted[error.request_id]
-                results[waiting] = Failure("error", str(error))
+            if node is not None and identity in self._names:
+                self._settle(node, getattr(error, "request_id", 0), Failure("error", str(error)), results)
             return
         if not self._seen(node, received) or received.kind == frame.HELLO:
             return
-        wanted = results is not None and self._wanted.get(received.request_id) == node
-        if wanted and received.kind == frame.PARTIAL:
-            results[node] = received
-        elif wanted and received.kind == frame.ERROR:
-            results[node] = Failure("refused" if _REFUSED.match(received.text) else "error", received.text)
-        else:
+        answer: frame.Frame | Failure | None = None
+        if received.kind == frame.PARTIAL:
+            answer = received
+        elif received.kind == frame.ERROR:
+            answer = Failure("refused" if _REFUSED.match(received.text) else "error", received.text)
+        if answer is None or not self._settle(node, received.request_id, answer, results):
             self.unasked_frames += 1
-            return
-        del self._wanted[received.request_id]
+
+    def _settle(
+        self,
+        node: str,
+        request_id: int,
+        answer: frame.Frame | Failure,
+        results: dict[str, frame.Frame | Failure] | None,
+    ) -> bool:
+        """Gives an answer to who waits for it; False when nobody does."""
+        if results is not None and self._wanted.get(request_id) == node:
+            del self._wanted[request_id]
+            results[node] = answer
+        elif self._aside.get(request_id) == node:
+            del self._aside[request_id]
+            self.came_aside[request_id] = answer
+        else:
+            return False
+        return True
 
     def _seen(self, node: str, received: frame.Frame) -> bool:
         """Notes a sign of life; False for a frame that is counted as bad."""

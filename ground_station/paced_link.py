@@ -121,6 +121,27 @@ class PacedLink:
         self.imposed.held_s += now_s - began_s
         return any(map(self.is_up, nodes))
 
+    @property
+    def quarantined(self) -> dict[str, str]:
+        return self.link.quarantined
+
+    @property
+    def came_aside(self) -> dict[int, frame.Frame | Failure]:
+        return self.link.came_aside
+
+    def quarantine(self, node: str, why: str) -> None:
+        self.link.quarantine(node, why)
+
+    def release(self, node: str) -> None:
+        self.link.release(node)
+
+    def ask_aside(self, node: str, request_id: int, data: bytes) -> Failure | None:
+        """As Link's: spot checks belong to the bench, as heartbeats do, and are not held up."""
+        return self.link.ask_aside(node, request_id, data)
+
+    def forget_aside(self, request_id: int) -> None:
+        self.link.forget_aside(request_id)
+
     def mark_down(self, node: str, failure: Failure) -> None:
         """As Link's; a node that only has no contact is back when it has one."""
         if not isinstance(failure, NoContact):

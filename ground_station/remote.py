@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ground_station import dispatch
+from ground_station import dispatch, spot_check
 from ground_station.link import OUT_OF_CONTACT, Failure, Link
 from ground_station.rates import Allocator
+from ground_station.spot_checker import SpotChecker
+from ground_station.spot_sample import Sent
 from node_agent import compress, frame
 
 if TYPE_CHECKING:
@@ -65,11 +67,15 @@ class RemoteExperts:
         reply_codec: str | None = None,
         timeout_s: float = TIMEOUT_S,
         allocator: Allocator | None = None,
+        spot: SpotChecker | None = None,
     ):
-        """`allocator`: gives the steps of codecs that take some (rates.for_codec).  Raises: ValueError without one."""
+        """`allocator`: gives the steps of codecs that take some (rates.for_codec); `spot`: computes some answers again elsewhere.
+
+        Raises: ValueError for such a codec without an allocator.
+        """
         if allocator is None and None in (compress.CODECS[codec].size, compress.CODECS[reply_codec or codec].size):
             raise ValueError(f"codec {codec} needs an allocator of its rates")
-        self.allocator = allocator
+        self.allocator, self.spot = allocator, spot
         self.link, self.table, self.codec = link, table, codec
         self.reply_codec = reply_codec or codec
         self.timeout_s = timeout_s
@@ -113,7 +119,22 @@ class RemoteExperts:
             kept = whole - lost
             scale = np.divide(whole, kept, out=np.zeros_like(whole), where=kept > 1e-6 * whole)
             total *= scale[:, None].astype(np.float32)
+        if self.spot is not None:
+            self.spot.step(self.link, self.table, self._next_id)
         return total
+
+    def settle(self, timeout_s: float) -> bool:
+        """Brings the spot checks that are due to an end, in idle time; whether none is left."""
+        end_s = time.monotonic() + timeout_s
+        while self.spot is not None and self.spot.busy and time.monotonic() < end_s:
+            self.spot.step(self.link, self.table, self._next_id)
+            self.link.drain()
+            time.sleep(0.001)
+        return self.spot is None or not self.spot.busy
+
+    def _next_id(self) -> int:
+        self._request_id += 1
+        return self._request_id
 
     def _assign(self, usable: list[bool], reason: str | None) -> dispatch.Assign:
         """`dispatch.assign` over usable nodes, which notes the rung for every expert whose primary is not among them.
@@ -196,6 +217,7 @@ class RemoteExperts:
         started = time.perf_counter_ns()
         shared_payload = None
         requests = {}
+        sent: dict[int, Sent] = {}
         for item in sorted(work, key=lambda item: -len(item.pairs)):  # whoever has most to do hears of it first
             if allocator is not None:
                 x = hidden if item.rows is None else hidden[item.rows]
@@ -207,11 +229,14 @@ class RemoteExperts:
             else:
                 x = hidden[item.rows]
                 payload = compress.encode(self.codec, x)
-            self._request_id += 1
+            reply_step = 0.0 if allocator is None else allocator.reply_step(layer, item.node)
+            if self.spot is not None:
+                sent[item.node] = Sent(x, payload, self.codec, self.reply_codec, reply_step, item.pairs)
+            request_id = self._next_id()
             data = frame.pack(
                 frame.Frame(
                     frame.EXPERTS,
-                    self._request_id,
+                    request_id,
                     layer,
                     destination=self.link.peers[self.table.nodes[item.node]].number,
                     codec=self.codec,
@@ -219,11 +244,11 @@ class RemoteExperts:
                     x=x,
                     pairs=item.pairs,
                     budget_us=int(timeout_s * 1e6),
-                    reply_step=0.0 if allocator is None else allocator.reply_step(layer, item.node),
+                    reply_step=reply_step,
                 ),
                 payload,
             )
-            requests[self.table.nodes[item.node]] = (self._request_id, data)
+            requests[self.table.nodes[item.node]] = (request_id, data)
             self.traffic.sent_bytes += len(data)
         packed = time.perf_counter_ns()
         answers = self.link.exchange(requests, timeout_s)
@@ -238,6 +263,7 @@ class RemoteExperts:
                 hidden.shape[1],
             ):
                 answer = Failure("error", f"partial sum has shape {list(answer.x.shape)}")
+            answer = self._believed(layer, item.node, answer, sent.get(item.node))
             if isinstance(answer, Failure):
                 failed.append((item, answer))
                 continue
@@ -254,6 +280,19 @@ class RemoteExperts:
         self.traffic.expert_us += slowest_us
         self.traffic.node_codec_us += slowest_codec_us
         return failed
+
+    def _believed(
+        self, layer: int, node: int, answer: frame.Frame | Failure, sent: Sent | None
+    ) -> frame.Frame | Failure:
+        """The answer, or why it must not be added: what is not finite never reaches the hidden state, checked elsewhere or not."""
+        energy = spot_check.energy_of(answer.x) if isinstance(answer, frame.Frame) else 0.0
+        if spot_check.too_large(energy):
+            if sent is not None:
+                self.spot.absurd(layer, node, sent, answer.x)
+            return Failure("error", "a partial sum is larger than any model's")
+        if sent is None:
+            return answer
+        return self.spot.answered(layer, node, sent, answer, energy) or answer
 
     def _climb_down(
         self,

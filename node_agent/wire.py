@@ -259,6 +259,10 @@ class Topics:
     def ground_status(self) -> str:
         return f"{TOPIC_ROOT}/{self.fleet}/ground/status"
 
+    def ground_event(self) -> str:
+        """Events that the ground station itself found; `node` names whom they are about."""
+        return f"{TOPIC_ROOT}/{self.fleet}/ground/event"
+
     def parse_node(self, topic: str) -> tuple[str, str]:
         """('node id', 'leaf') of a node topic of this fleet.  Raises: WireError for any other topic."""
         prefix = f"{TOPIC_ROOT}/{self.fleet}/node/"
