@@ -1,4 +1,4 @@
-"""Everything between a bundle and a real board: images, first boot, flashing. Holds nothing yet but this page.
+"""Everything between a bundle and a real board: images, first boot, flashing, what is known of boards.
 
-See hardware/README.md for what will be here and what was found out about it.
+See hardware/README.md. What runs on the board itself is node_agent.
 """
