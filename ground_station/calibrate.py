@@ -22,8 +22,10 @@ from tqdm import tqdm
 from firmware_sim.foster import FitError
 from ground_station import calibrate_report
 from ground_station.broker import Broker, accepts_mqtt5
+from ground_station.broker_fleet import client_context
 from ground_station.control import Control
 from ground_station.fleet import Taken
+from ground_station.fleet_access import Tls
 from ground_station.link import Link
 from ground_station.local_fleet import Board, LocalFleet, check_profile
 from ground_station.placement import round_robin
@@ -113,15 +115,15 @@ class Progress:
         self._bar.close()
 
 
-def calibrate(options: Options, host: str, port: int) -> dict:
+def calibrate(options: Options, host: str, port: int, tls: Tls | None = None) -> dict:
     """Runs the step on a node of a running broker and returns what was found (calibrate_report.tree).
 
     However it ends, the burn is stopped.  Raises: CalibrateError, control.ControlError, wire.WireError.
     """
     wire.check_id(options.node)
-    reachable(host, port)
+    reachable(host, port, tls)
     watch = Watch(options.node)
-    with Control(options.fleet, host, port, on_telemetry=watch.take) as control:
+    with Control(options.fleet, host, port, on_telemetry=watch.take, tls=tls) as control:
         board = find(control, options.node, options.fleet)
         _fit_for_it(watch, options)
         idle, settle_s, rested = _settle(watch, options)
@@ -153,9 +155,9 @@ def calibrate(options: Options, host: str, port: int) -> dict:
     return calibrate_report.tree(options, board, measurement, found, idle, (settle_s, step_s))
 
 
-def reachable(host: str, port: int) -> None:
-    """Raises: CalibrateError where no broker is."""
-    if not accepts_mqtt5(host, port, 5.0):
+def reachable(host: str, port: int, tls: Tls | None = None) -> None:
+    """Raises: CalibrateError where no broker is, OSError for certificates that cannot be read."""
+    if not accepts_mqtt5(host, port, 5.0, client_context(*tls) if tls else None):
         raise CalibrateError(
             f"no MQTT 5 broker answers at {host}:{port}: start the fleet's broker or give its --broker HOST:PORT "
             "(--simulated PROFILE needs neither broker nor board)"

@@ -12,7 +12,9 @@ from pathlib import Path
 import paho.mqtt.client as mqtt
 from paho.mqtt import MQTTException
 
+from ground_station.broker_fleet import use_certificates
 from ground_station.calibrate import reachable
+from ground_station.fleet_access import Tls
 from ground_station.local_fleet import check_profile
 from ground_station.power_step import CalibrateError
 from node_agent import shard, wire
@@ -30,12 +32,12 @@ def simulated_board(profile: str, bundle: Path) -> str:
     return f"a simulated {profile} would be started beside a broker of its own, with experts of {manifest.name}"
 
 
-def node(wanted: str, fleet: str, host: str, port: int) -> str:
+def node(wanted: str, fleet: str, host: str, port: int, tls: Tls | None = None) -> str:
     """What the broker retains of the node `wanted`, in one line.  Raises: CalibrateError, wire.WireError."""
     wire.check_id(wanted)
     topics = wire.Topics(fleet)
-    reachable(host, port)
-    births, statuses = _retained(topics, wanted, host, port)
+    reachable(host, port, tls)
+    births, statuses = _retained(topics, wanted, host, port, tls)
     birth, status = births.get(wanted), statuses.get(wanted)
     if birth is None:
         others = ", ".join(sorted(births)[:SHOWN])
@@ -59,7 +61,7 @@ class _Client(Mended, mqtt.Client):
 
 
 def _retained(
-    topics: wire.Topics, wanted: str, host: str, port: int
+    topics: wire.Topics, wanted: str, host: str, port: int, tls: Tls | None
 ) -> tuple[dict[str, wire.Birth], dict[str, wire.Status]]:
     """Births and status of the nodes, until those of `wanted` are there or the time is over."""
     births: dict[str, wire.Birth] = {}
@@ -79,6 +81,8 @@ def _retained(
             changed.notify_all()
 
     client = _Client(mqtt.CallbackAPIVersion.VERSION2, client_id=f"look-{secrets.token_hex(4)}", protocol=mqtt.MQTTv5)
+    if tls is not None:
+        use_certificates(client, *tls)
     client.unreadable = lambda error: None
     client.on_message = take
     client.on_connect = lambda *_: client.subscribe([(topics.birth("+"), 1), (topics.status("+"), 1)])

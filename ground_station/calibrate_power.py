@@ -23,6 +23,7 @@ from ground_station.calibrate import (
     stop,
 )
 from ground_station.control import Control
+from ground_station.fleet_access import Tls
 from ground_station.power_fit import WINDOW_S, Options, Window, fit, tree, window
 from ground_station.power_step import GUARD_CAUSES, CalibrateError, Reading
 from node_agent import wire
@@ -41,15 +42,15 @@ def plan(options: Options) -> list[str]:
     ]
 
 
-def calibrate(options: Options, host: str, port: int) -> dict:
+def calibrate(options: Options, host: str, port: int, tls: Tls | None = None) -> dict:
     """Runs the loads on a node of a running broker and returns what was found (power_fit.tree).
 
     However it ends, the burn is stopped.  Raises: CalibrateError, control.ControlError, wire.WireError.
     """
     wire.check_id(options.node)
-    reachable(host, port)
+    reachable(host, port, tls)
     watch = Watch(options.node)
-    with Control(options.fleet, host, port, on_telemetry=watch.take) as control:
+    with Control(options.fleet, host, port, on_telemetry=watch.take, tls=tls) as control:
         board = find(control, options.node, options.fleet)
         provenance = _fit_for_it(watch, options.node)
         windows: list[Window] = []

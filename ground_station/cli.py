@@ -14,7 +14,21 @@ import signal
 import sys
 import threading
 
-from ground_station import cli_benchmark, cli_calibrate, cli_decide, cli_demo, cli_models, cli_place, cli_sim
+from ground_station import (
+    cli_benchmark,
+    cli_boards,
+    cli_calibrate,
+    cli_decide,
+    cli_demo,
+    cli_flash,
+    cli_fleet,
+    cli_image,
+    cli_models,
+    cli_place,
+    cli_sim,
+    cli_up,
+    cli_update,
+)
 from ground_station.cli_shared import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -44,7 +58,21 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     # in the order of the help
-    for part in (cli_demo, cli_models, cli_calibrate, cli_decide, cli_sim, cli_place, cli_benchmark):
+    for part in (
+        cli_demo,
+        cli_models,
+        cli_calibrate,
+        cli_decide,
+        cli_sim,
+        cli_place,
+        cli_fleet,
+        cli_up,
+        cli_image,
+        cli_flash,
+        cli_update,
+        cli_boards,
+        cli_benchmark,
+    ):
         part.add(commands, command)
     return root
 

@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ground_station.cli_shared import EXIT_OK, bundle_of, check_writable, positive, wrapped
+from ground_station.cli_shared import EXIT_OK, UsageError, bundle_of, check_writable, positive, wrapped
 
 
 def add(commands, command) -> None:
@@ -19,9 +19,12 @@ def add(commands, command) -> None:
     )
     calibrate.add_argument("node", metavar="NODE", help="id of the board's node")
     where = calibrate.add_mutually_exclusive_group()
-    where.add_argument("--broker", default="127.0.0.1:1883", metavar="HOST:PORT", help="default: %(default)s")
+    where.add_argument("--broker", metavar="HOST:PORT", help="default: 127.0.0.1:1883, or as the fleet's folder says")
     where.add_argument("--simulated", metavar="PROFILE", help="try it on a simulated board of this profile")
-    calibrate.add_argument("--fleet", default="demo", help="default: %(default)s")
+    calibrate.add_argument(
+        "--dir", type=Path, metavar="FLEET", help="folder of `spacemoe fleet init`, for flashed boards"
+    )
+    calibrate.add_argument("--fleet", metavar="NAME", help="without --dir (default: demo)")
     for name, default, help in (
         ("settle-s", 1800.0, "idle so long at most before the step"),
         ("window-s", 120.0, "of the drift's measurement"),
@@ -56,14 +59,18 @@ def _calibrate(args: argparse.Namespace) -> int:
     import contextlib
 
     from ground_station import calibrate, calibrate_power, calibrate_report, power_fit, power_step
-    from ground_station.broker import Broker
+    from ground_station.fleet_access import FLEET, Access, access
 
+    if args.simulated and args.dir:
+        raise UsageError("--simulated goes without --dir: it starts a board and a broker of its own")
+    where: Access | None = None if args.simulated else access(args.dir, args.broker, args.fleet)
+    fleet = where.fleet if where else args.fleet or FLEET
     method = calibrate_power if args.power_model else calibrate
     if args.power_model:
-        options = power_fit.Options(args.node, args.fleet, args.level_s)
+        options = power_fit.Options(args.node, fleet, args.level_s)
     else:
         options = power_step.Options(
-            args.node, args.fleet, args.settle_s, args.window_s, args.drift, args.step_s, args.cool_s, args.branches
+            args.node, fleet, args.settle_s, args.window_s, args.drift, args.step_s, args.cool_s, args.branches
         )
     check_writable(args.output, "--output")
     if args.dry_run:
@@ -72,8 +79,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         if args.simulated:
             found = calibrate_check.simulated_board(args.simulated, bundle_of(args))
         else:
-            broker = Broker(Path(), "external", external=args.broker)
-            found = calibrate_check.node(args.node, args.fleet, broker.host, broker.port)
+            found = calibrate_check.node(args.node, fleet, where.host, where.port, where.tls)
         steps, note = method.plan(options), "this was a dry run: nothing was sent or started"
         tree = {"found": found, "plan": steps, "note": note}
         print(json.dumps(tree) if args.json else "\n".join(wrapped(line) for line in (found, *steps, note)))
@@ -82,12 +88,10 @@ def _calibrate(args: argparse.Namespace) -> int:
         calibrate_report.check_writable(args.output)
     with contextlib.ExitStack() as stack:
         if args.simulated:
-            source = calibrate.simulated(args.simulated, args.node, bundle_of(args), args.fleet)
-            host, port = stack.enter_context(source)
+            source = calibrate.simulated(args.simulated, args.node, bundle_of(args), fleet)
+            result = method.calibrate(options, *stack.enter_context(source))
         else:
-            broker = Broker(Path(), "external", external=args.broker)
-            host, port = broker.host, broker.port
-        result = method.calibrate(options, host, port)
+            result = method.calibrate(options, where.host, where.port, where.tls)
     if args.power_model:
         table = power_fit.fragment(result)
         result["toml"], text = table, power_fit.report(result, table)

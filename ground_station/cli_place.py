@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ground_station.cli_shared import (
     EXIT_INTERRUPTED,
@@ -21,6 +23,10 @@ from ground_station.cli_shared import (
     check_writable,
     wrapped,
 )
+
+if TYPE_CHECKING:
+    from ground_station.allow_list import AllowList
+    from ground_station.fleet_access import Access
 
 LISTEN = "tcp://127.0.0.1:5571"
 KEY_CHARACTERS = 40  # Z85 of 32 bytes
@@ -39,10 +45,18 @@ def add(commands, command) -> None:
     place.add_argument("--memory", type=float, metavar="MB", help="per node for experts, resident (without --nodes)")
     place.add_argument("--policy", choices=PLACEMENTS, default="budgeted", help="default: %(default)s")
     place.add_argument("--seed", type=int, default=0, help="of routing sets and of random (default: %(default)s)")
-    place.add_argument("--broker", default="127.0.0.1:1883", metavar="HOST:PORT", help="default: %(default)s")
-    place.add_argument("--fleet", default="demo", help="default: %(default)s")
-    place.add_argument("--listen", default=LISTEN, metavar="ENDPOINT", help="nodes dial it (default: %(default)s)")
-    place.add_argument("--key", type=Path, metavar="FILE", help="secret CURVE key, needed off loopback")
+    place.add_argument(
+        "--dir",
+        type=Path,
+        metavar="FLEET",
+        help="of `spacemoe fleet init`: says broker, fleet, keys and who may dial in",
+    )
+    place.add_argument("--bind", default="127.0.0.1", metavar="ADDRESS", help="with --dir (default: %(default)s)")
+    place.add_argument("--broker", metavar="HOST:PORT", help="default: 127.0.0.1:1883, or as the fleet's folder says")
+    place.add_argument("--fleet", metavar="NAME", help="without --dir (default: demo)")
+    place.add_argument("--listen", metavar="ENDPOINT", help=f"nodes dial it, without --dir (default: {LISTEN})")
+    place.add_argument("--key", type=Path, metavar="FILE", help="secret CURVE key, needed off loopback without --dir")
+    place.add_argument("--any-key", action="store_true", help="with --key: let in whoever knows its public half")
     place.add_argument("--patience", type=float, default=30.0, metavar="S", help="for a node (default: %(default)s)")
     place.add_argument("--force", action="store_true", help="also where the gain is below the price of moving")
     what = place.add_mutually_exclusive_group()
@@ -71,9 +85,36 @@ def _keys(path: Path | None) -> tuple[bytes, bytes] | None:
         raise UsageError(f"{path} holds no secret key of {KEY_CHARACTERS} characters (Z85)") from None
 
 
+@dataclass(frozen=True)
+class _Ground:
+    """Where the fleet is. `allowed` None: whoever has a key, or anybody on loopback."""
+
+    access: Access
+    listen: str
+    keys: tuple[bytes, bytes] | None
+    allowed: AllowList | None = None
+
+
+def _ground(args: argparse.Namespace) -> _Ground:
+    """Raises: UsageError, AccessError, FleetFolderError, AddressError."""
+    from ground_station.fleet_access import access
+
+    if args.dir is None:
+        keys = _keys(args.key)
+        return _Ground(access(None, args.broker, args.fleet), args.listen or LISTEN, keys)
+    for name in ("listen", "key"):
+        if getattr(args, name) is not None:
+            raise UsageError(f"--{name} goes without --dir: the fleet's folder says it")
+    from ground_station.allow_list import AllowList
+
+    found = access(args.dir, args.broker, args.fleet)
+    folder = found.folder
+    listen = f"tcp://{args.bind}:{folder.info.ports.delivery}"
+    return _Ground(found, listen, folder.curve_keys(), AllowList(folder))
+
+
 def _place(args: argparse.Namespace) -> int:
     from ground_station import carry_out, placement_live, plan_fleet
-    from ground_station.broker import Broker
     from ground_station.control import Control
     from node_agent import shard
 
@@ -81,7 +122,7 @@ def _place(args: argparse.Namespace) -> int:
         raise UsageError(f"--patience {args.patience:g} is no number of seconds above 0")
     if args.nodes is not None and args.memory is not None:
         raise UsageError("--memory goes without --nodes: a file of nodes names each one's memory_mb")
-    root, keys = bundle_of(args), _keys(args.key)
+    root, ground = bundle_of(args), _ground(args)
     manifest = shard.read_manifest(root)
     path = args.journal if args.undo is None else args.undo.with_name(args.undo.name + ".undo")
     if path is None and not args.dry_run:
@@ -97,8 +138,8 @@ def _place(args: argparse.Namespace) -> int:
     fleet = plan_fleet.read(args.nodes) if args.nodes is not None else None
     if journal is None and fleet is None and args.memory is None:
         raise UsageError("give --memory MB: what each node has for experts; or --nodes FILE")
-    broker = Broker(Path(), "external", external=args.broker)
-    with Control(args.fleet, broker.host, broker.port) as control:
+    where = ground.access
+    with Control(where.fleet, where.host, where.port, tls=where.tls) as control:
         if journal is None:
             names = () if fleet is None else tuple(node.id for node in fleet.nodes)
             found = placement_live.births(control, names, args.patience)
@@ -134,7 +175,7 @@ def _place(args: argparse.Namespace) -> int:
             print("\n".join(map(wrapped, _report(facts, journal, path, args.undo is not None))), flush=True)
         if not args.dry_run and journal.done < len(journal.steps):
             try:
-                done, sent = _carried_out(args, control, journal, root, keys, manifest, path)
+                done, sent = _carried_out(args, control, journal, root, ground, manifest, path)
             except (carry_out.JournalError, placement_live.FleetNotReady):
                 raise  # before the first step, or after the last
             except (ValueError, RuntimeError, OSError) as error:
@@ -161,12 +202,14 @@ def _place(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _carried_out(args: argparse.Namespace, control, journal, root: Path, keys, manifest, path: Path):
+def _carried_out(args: argparse.Namespace, control, journal, root: Path, ground: _Ground, manifest, path: Path):
     """(steps done, what was sent), once every node that a step needs has dialled in, and the births say that it is so."""
     from ground_station import carry_out, placement_live
 
     show = (lambda now: None) if args.json or not sys.stderr.isatty() else _show
-    with placement_live.PatientDeliverer(args.listen, keys, args.patience) as deliverer:
+    with placement_live.PatientDeliverer(
+        ground.listen, ground.keys, args.patience, ground.allowed, args.any_key
+    ) as deliverer:
         deliverer.reach(step.node for step in journal.steps[journal.done :])
         journal, sent = carry_out.carry_out(journal, deliverer, root, manifest, path, show)
     placement_live.confirm(control, journal.steps, args.patience, "see the nodes' logs, and plan again")

@@ -1,0 +1,125 @@
+"""`spacemoe up`: what a flashed fleet dials into (broker with mutual TLS and rights, enrolment, time), and what changes in the fleet.
+
+The fleet folder is the one source of truth: `spacemoe fleet add|revoke|release` write there, and what runs here follows within a
+quarter of a second. Leaves out: tokens (generate.py binds the data plane while it runs), the dashboard, the archive.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ground_station import fleet_authority
+from ground_station.allow_list import FleetWatch
+from ground_station.broker import Broker
+from ground_station.broker_rights import Rights
+from ground_station.control import Control
+from ground_station.enrol_server import EnrolServer
+from ground_station.fleet import NodeState
+from ground_station.fleet_records import CA_CERT, GROUND_CERT, GROUND_KEY, FleetFolder
+from ground_station.time_server import TimeServer, TimeServerError
+
+LOOK_S = 0.25
+REFRESH_S = 86_400.0
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Options:
+    """`bind`: the address to listen on; `time_port` 0: no time for boards."""
+
+    folder: Path
+    bind: str = LOOPBACK
+    time_port: int = 123
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What runs."""
+
+    folder: FleetFolder
+    broker: Broker
+    control: Control
+    enrol: EnrolServer
+    time: TimeServer | None
+
+
+def is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
+
+
+def control_of(folder: FleetFolder, host: str, port: int, **listeners: Callable) -> Control:
+    """The ground station's own client of the fleet's broker, with its certificate; not started."""
+    tls = (folder.path(CA_CERT), folder.path(GROUND_CERT), folder.path(GROUND_KEY))
+    return Control(folder.info.fleet, host, port, tls=tls, **listeners)
+
+
+@contextmanager
+def running(options: Options, say: Callable[[str], None]) -> Iterator[Ground]:
+    """Everything that boards dial but the data plane; `say` gets a line for each part.
+
+    Raises: FleetFolderError, BrokerError, ControlError, OSError for a port that cannot be had.
+    """
+    folder = FleetFolder.open(options.folder)
+    for line in fleet_authority.refresh(folder):
+        say(line)
+    ports = folder.info.ports
+    with ExitStack() as stack:
+        broker = stack.enter_context(
+            Broker(folder.path("run"), "mosquitto", ports.broker, fleet=folder, bind=options.bind)
+        )
+        say(f"broker: mosquitto with mutual TLS on {options.bind}:{broker.port}, rights per node")
+        rights = stack.enter_context(Rights(folder, broker.host, broker.port))
+        stack.enter_context(FleetWatch(folder, rights=rights, broker=broker))
+        enrol = stack.enter_context(EnrolServer(folder, options.bind, ports.enrol))
+        say(f"enrolment: https://{options.bind}:{enrol.port}")
+        clock = None
+        if options.time_port:
+            try:
+                clock = stack.enter_context(TimeServer(options.bind, options.time_port))
+                say(f"time: UDP {options.bind}:{clock.port}")
+            except TimeServerError as error:  # a board's clock is set forward by its pack: it lives without
+                say(error.strerror)
+        control = stack.enter_context(control_of(folder, broker.host, broker.port))
+        yield Ground(folder, broker, control, enrol, clock)
+
+
+def changes(before: dict[str, NodeState], after: dict[str, NodeState]) -> list[str]:
+    """What a line is due for, between two looks at the fleet: nodes that came or went, events, alarms."""
+    lines = []
+    for name, state in sorted(after.items()):
+        old = before.get(name, NodeState(name))
+        if state.online != old.online:
+            birth = state.birth
+            what = f"online: {birth.board}, {len(birth.shards)} shards" if state.online and birth else "offline"
+            lines.append(f"{name} {what if state.online else 'offline'}")
+        elif state.birth and old.birth and len(state.birth.shards) != len(old.birth.shards):
+            lines.append(f"{name} holds {len(state.birth.shards)} shards")
+        known = {(event.generated_at, event.kind, event.text) for event in old.events}
+        for event in state.events:
+            if (event.generated_at, event.kind, event.text) not in known and event.severity != "info":
+                lines.append(f"{name} {event.severity}: {event.kind}: {event.text}")
+    return lines
+
+
+def follow(ground: Ground, say: Callable[[str], None], stop: Callable[[], bool] = lambda: False) -> None:
+    """Says what changes, until `stop()` or an exception such as KeyboardInterrupt."""
+    before: dict[str, NodeState] = {}
+    due_s = time.monotonic() + REFRESH_S
+    while not stop():
+        if time.monotonic() > due_s:  # one that runs for months outlives its own certificate
+            due_s = time.monotonic() + REFRESH_S
+            for line in fleet_authority.refresh(ground.folder):
+                say(line)
+        after = ground.control.snapshot()
+        for line in changes(before, after):
+            say(line)
+        before = after
+        time.sleep(LOOK_S)
