@@ -1,6 +1,7 @@
 # make demo   the main job on this machine: a broker, four simulated boards, the ground station (no root, no torch)
 # make test   every check: ruff and pytest (installs the Debian packages it may, and torch for the parity tests)
-# make clean  removes what these two made
+# make image-test  builds bootable images and boots them in QEMU (some 20 minutes; layers are kept in IMAGE_CACHE)
+# make clean  removes what these made, but not IMAGE_CACHE
 # Both work in .venv, which they create. Stamps carry a hash of what was installed and where: a changed pin installs again, a
 # moved clone or another Python makes .venv anew, and nothing else does.
 
@@ -11,6 +12,8 @@ TEST_EXTRAS ?= ground,quantize,sim,hardware,experiments,reference,dev
 DEMO_SAMPLING ?= --temperature 0.7 --top-p 0.9 --seed 0
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+IMAGE_CACHE ?= $(HOME)/.cache/spacemoe/image
+IMAGE_TEST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +23,7 @@ VENV_STAMP := $(VENV)/.stamp-venv-$(HOME_KEY)
 DEMO_STAMP := $(VENV)/.stamp-demo-$(KEY)
 TEST_STAMP := $(VENV)/.stamp-test-$(KEY)
 
-.PHONY: demo test clean debian-packages
+.PHONY: demo test image-test clean debian-packages
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_STAMP)
@@ -34,8 +37,12 @@ test: debian-packages $(TEST_STAMP)
 	@echo "== pytest"
 	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
+# The Debian packages that it needs (mmdebstrap, qemu-user-static, qemu-system-arm ...) it installs itself where it may.
+image-test: debian-packages $(TEST_STAMP)
+	@$(BIN)/python -m hardware.image_test --cache $(IMAGE_CACHE) $(IMAGE_TEST_ARGS)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .image-test $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(VENV_STAMP):
@@ -67,8 +74,19 @@ debian-packages:
 	@missing=""; \
 	PATH="$$PATH:/usr/sbin:/sbin"; \
 	command -v mosquitto >/dev/null || missing="$$missing mosquitto"; \
+	command -v mosquitto_pub >/dev/null || missing="$$missing mosquitto-clients"; \
 	command -v xz >/dev/null || missing="$$missing xz-utils"; \
 	command -v 7z >/dev/null || missing="$$missing p7zip-full"; \
+	command -v bmaptool >/dev/null || missing="$$missing bmap-tools"; \
+	command -v zstd >/dev/null || missing="$$missing zstd"; \
+	command -v openssl >/dev/null || missing="$$missing openssl"; \
+	command -v curl >/dev/null || missing="$$missing curl"; \
+	command -v sfdisk >/dev/null || missing="$$missing fdisk"; \
+	command -v mcopy >/dev/null || missing="$$missing mtools"; \
+	command -v mkfs.vfat >/dev/null || missing="$$missing dosfstools"; \
+	command -v debugfs >/dev/null || missing="$$missing e2fsprogs"; \
+	command -v busybox >/dev/null || missing="$$missing busybox-static"; \
+	command -v cpio >/dev/null || missing="$$missing cpio"; \
 	if [ -z "$$missing" ]; then exit 0; fi; \
 	if [ "$$(id -u)" = 0 ]; then root=""; elif sudo -n true 2>/dev/null; then root="sudo"; else root=no; fi; \
 	if [ "$$root" != no ] && command -v apt-get >/dev/null; then \
