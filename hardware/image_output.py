@@ -6,6 +6,7 @@ Leaves out: the bill of materials (image_sbom.py), signatures.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import os
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hardware import program
+from hardware.flash_front import look_at_front
 from hardware.image_boards import ImageBoard
+from hardware.image_source import look
 from hardware.sparse_copy import data_pieces
 from node_agent.shard import atomic_file
 
@@ -95,11 +98,17 @@ def _sha256(path: Path) -> str:
 
 
 def _mapped(raw: Path) -> tuple[int, str, list[tuple[int, int, str]]]:
-    """(bytes, SHA-256, [(first block, last block, SHA-256 of the range)]) of an image; blocks of zeros only are left out."""
+    """(bytes, SHA-256, [(first block, last block, SHA-256 of the range)]) of an image.
+
+    Blocks of zeros only are left out, but for those that a FAT has in use: a card that was used before would give its old bytes there.
+    """
     size, whole, ranges = raw.stat().st_size, hashlib.sha256(), []
     if size % BLOCK_BYTES:
         raise OutputError(f"{raw} has {size} bytes, which is not a multiple of {BLOCK_BYTES}")
     zeros, at, begin, digest = bytes(1 << 20), 0, -1, hashlib.sha256()
+    used = look_at_front(look(raw)).used
+    kept = sorted({block for start, end in used for block in range(start // BLOCK_BYTES, -(-end // BLOCK_BYTES))})
+    kept_set = set(kept)
 
     def close(block: int) -> None:
         nonlocal begin, digest
@@ -113,24 +122,36 @@ def _mapped(raw: Path) -> tuple[int, str, list[tuple[int, int, str]]]:
             whole.update(memoryview(zeros)[:step])
             file_at += step
 
+    def hole(file_at: int, to: int) -> None:
+        nonlocal begin
+        skip(file_at, to)
+        while file_at < to:
+            number = file_at // BLOCK_BYTES
+            if number in kept_set:
+                begin = number if begin < 0 else begin
+                digest.update(zeros[:BLOCK_BYTES])
+                file_at += BLOCK_BYTES
+                continue
+            close(number)
+            after = bisect.bisect_left(kept, number)
+            file_at = kept[after] * BLOCK_BYTES if after < len(kept) else to
+
     with open(raw, "rb") as file:
         for start, data in _aligned(file, size):
-            if start > at:
-                close(at // BLOCK_BYTES)
-                skip(at, start)
+            hole(at, start)
             whole.update(data)
             for place in range(0, len(data), BLOCK_BYTES):
                 block = data[place : place + BLOCK_BYTES]
                 number = (start + place) // BLOCK_BYTES
-                if block == zeros[:BLOCK_BYTES]:
+                if block == zeros[:BLOCK_BYTES] and number not in kept_set:
                     close(number)
                     continue
                 if begin < 0:
                     begin = number
                 digest.update(block)
             at = start + len(data)
-    close(at // BLOCK_BYTES)
-    skip(at, size)
+    hole(at, size)
+    close(size // BLOCK_BYTES)
     return size, whole.hexdigest(), ranges
 
 

@@ -25,6 +25,7 @@ from conftest import lacking
 
 from hardware import (
     ext4_times,
+    flash_front,
     image_boards,
     image_bootstrap,
     image_disk,
@@ -33,6 +34,7 @@ from hardware import (
     image_root,
     image_sbom,
     image_wheels,
+    partitions,
     payload,
     qemu_packets,
 )
@@ -92,6 +94,7 @@ def parts(folder: Path, backwards: bool = False) -> tuple[dict[str, Path], tuple
         "cmdline.txt": b"root=LABEL=spacemoe-root\n",
         "spacemoe/spacemoe.toml": b"[node]\n",
         "spacemoe/claim": b"x" * 43,
+        "zeros.bin": b"a" + bytes(40_000) + b"b",
     }.items():
         path = folder / name.replace("/", "-")
         path.write_bytes(data)
@@ -229,6 +232,38 @@ def test_bmaptool_copies_and_compares(disk, published, tmp_path):
         file.write(b"\xff\xff")
     failed = run("bmaptool", "copy", "--bmap", image_output.beside(published.image, ".bmap"), other, copy, check=False)
     assert failed.returncode != 0 and "checksum" in failed.stdout + failed.stderr
+
+
+@pytest.mark.parametrize("keeps", [True, False], ids=["what a FAT has in use", "without it, the control"])
+def test_a_used_card_gives_none_of_its_old_bytes(disk, tmp_path, monkeypatch, keeps):
+    """Only what the map names is written (bmaptool would empty a plain file first); the FAT must be right all the same."""
+    if not keeps:
+        monkeypatch.setattr(image_output, "look_at_front", lambda source: flash_front.Front(None, ()))
+    made = image_output.publish(disk[0], tmp_path / "card.img.zst", private=True)
+    card = tmp_path / "card"
+    card.write_bytes(b"\xaa" * made.raw_bytes)
+    ranges = re.findall(
+        r"<Range[^>]*>\s*(\d+)(?:-(\d+))?\s*</Range>", image_output.beside(made.image, ".bmap").read_text()
+    )
+    with open(disk[0], "rb") as image, open(card, "r+b") as file:
+        for begin, end in ranges:
+            for each in (image, file):
+                each.seek(int(begin) * 4096)
+            file.write(image.read((int(end or begin) - int(begin) + 1) * 4096))
+    first = partitions.read_table(card).partitions[0]
+    fat = tmp_path / "fat"
+    with open(card, "rb") as file:
+        file.seek(first.start_bytes)
+        fat.write_bytes(file.read(first.size_bytes))
+    clean = run("fsck.vfat", "-n", fat, check=False).returncode == 0
+    got = subprocess.run(["mtype", "-i", fat, "::zeros.bin"], capture_output=True).stdout
+    assert (clean and got == b"a" + bytes(40_000) + b"b") is keeps
+    root = tmp_path / "root"
+    second = partitions.read_table(card).partitions[1]
+    with open(card, "rb") as file:
+        file.seek(second.start_bytes)
+        root.write_bytes(file.read(second.size_bytes))
+    run("e2fsck", "-fn", root)
 
 
 def test_sha256sum_and_zstd_agree(published):
