@@ -114,6 +114,18 @@ def _compiled(layers: Layers, cache: Path, progress: Callable[[str], None]) -> P
     return tar
 
 
+def _sources_key(tar: Path) -> str:
+    """Hash of the payload's Python files: another unit or library does not compile them again."""
+    digest = hashlib.sha256()
+    with tarfile.open(tar) as archive:
+        for member in archive:
+            if member.isfile() and member.name.endswith(".py"):
+                digest.update(
+                    member.name.encode() + b"\0" + hashlib.sha256(archive.extractfile(member).read()).digest()
+                )
+    return digest.hexdigest()
+
+
 def _run(layers: Layers, key: str, folder: Path, progress: Callable[[str], None]) -> None:
     compiled = _compiled(layers, folder.parent.parent, progress)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -6,13 +6,21 @@ A test that lacks a program or package is skipped with the command that brings i
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.util
 import os
+import shutil
 import signal
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from ground_station.broker import Broker, find_mosquitto
+
+
+TURNS = "SPACEMOE_TEST_TURNS"
 
 
 def lacking(what: str, remedy: str) -> None:
@@ -24,6 +32,8 @@ def lacking(what: str, remedy: str) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        os.environ[TURNS] = tempfile.mkdtemp(prefix="spacemoe-tests-")  # its workers inherit it
     # "nohup make test &" hands down ignored signals, and what a test starts would not end by the Ctrl-C that it is sent
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -36,6 +46,35 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("torch") and importlib.util.find_spec("torch") is None:
         lacking("torch", "pip install -c constraints.txt -e .[reference]")
+
+
+@contextlib.contextmanager
+def _turn(folder: Path, alone: bool):
+    """A turn of one test among those of all workers: many at a time, or this one by itself.
+
+    Who wants to be by itself holds the door meanwhile, so that others, who only pass through it, cannot keep it waiting for ever.
+    """
+    with open(folder / "door", "ab") as door, open(folder / "room", "ab") as room:
+        fcntl.flock(door, fcntl.LOCK_EX)
+        fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        if not alone:
+            fcntl.flock(door, fcntl.LOCK_UN)
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    """Tests marked `alone` measure what a board does in real time: under pytest-xdist no other test computes beside them."""
+    folder = os.environ.get(TURNS)
+    if folder is None:
+        return (yield)
+    with _turn(Path(folder), item.get_closest_marker("alone") is not None):
+        return (yield)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(TURNS, ""), ignore_errors=True)
 
 
 @pytest.fixture

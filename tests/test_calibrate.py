@@ -524,6 +524,7 @@ def results(fleet, bundle) -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.broker
 def test_a_known_board_is_found_again(results, fleet):
     """Through a real agent's sampler, MQTT and the fit on line: the branches given to the simulator."""
@@ -547,6 +548,7 @@ def test_a_known_board_is_found_again(results, fleet):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.broker
 @pytest.mark.parametrize("node", ["cpu", "sim"])
 def test_the_agents_own_computing_heats_its_board(results, fleet, node):
@@ -567,6 +569,7 @@ def test_the_agents_own_computing_heats_its_board(results, fleet, node):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.broker
 @pytest.mark.parametrize(
     ("node", "says"),
@@ -584,6 +587,7 @@ def test_boards_that_cannot_be_calibrated(results, fleet, node, says):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.broker
 def test_ctrl_c_ends_the_burn_on_the_board(results, fleet):
     """Also when the agent is ended in the middle of a burn, it ends cleanly."""

@@ -411,6 +411,7 @@ def until(condition, limit_s: float = 30.0) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.broker
 def test_from_the_calibration_of_one_board_to_the_ledger_of_another(tmp_path):
     """Stock agents on two boards alike, whose watts follow the agents' own CPU time; one core is full load, so 5 W for it. The
