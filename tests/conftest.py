@@ -19,7 +19,6 @@ import pytest
 
 from ground_station.broker import Broker, find_mosquitto
 
-
 TURNS = "SPACEMOE_TEST_TURNS"
 
 
