@@ -1,8 +1,8 @@
 """From nothing to boards that serve, in emulation: `make image-test` (python -m hardware.image_test; not part of the normal tests).
 
 Builds the images (layers are kept from run to run), makes a fleet of two nodes, starts the ground station, boots both cards in QEMU
-(-M virt and -M raspi3b), and checks step by step what the boards say, what they need and whom they speak to. Prints one line for
-each check and writes everything measured to FOLDER/report.json. Exit code 0: all checks held, 1: one did not.
+(-M virt and -M raspi3b), and checks step by step what the boards say, what they need, whom they speak to, and what they write.
+Prints one line for each check and writes everything measured to FOLDER/report.json. Exit code 0: all checks held, 1: one did not.
 Leaves out: real boards; times are those of an emulator on this machine, under whatever load it has.
 """
 
@@ -21,11 +21,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Callable
 
-from hardware import image_namespace, qemu_machine, qemu_packets
+from hardware import image_namespace, image_test_tokens, qemu_machine, qemu_packets
 from hardware.qemu_machine import GROUND, Machine, QemuError
 
 NODES = {"sat-virt": ("virt", "qemu-virt"), "sat-pi3": ("raspi3b", "pi3")}
 """Node -> QEMU's machine, board of the image."""
+CUT = "sat-virt"
+"""Whose power is cut."""
+CHECKPOINT = Path(__file__).resolve().parents[1] / "quantize" / "reference" / "checkpoint"
 BOOT_S = 600.0
 QUIET_S = 300.0
 MAX_IDLE_KIB = 200 * 1024
@@ -238,10 +241,24 @@ def main(argv: list[str] | None = None) -> int:
                 each["node"]: each["state"] for each in spacemoe("fleet", "list", "--dir", folder / "fleet")["nodes"]
             }
             report.check("both nodes have claimed their certificates", set(nodes.values()) == {"enrolled"}, nodes)
+            bundle, newer = image_test_tokens.bundles(report, spacemoe, folder / "fleet", CHECKPOINT)
             newest = max(machine.started_s for machine in machines.values())
             time.sleep(max(0.0, newest + args.quiet_s + 20 - time.monotonic()))
             for node, machine in machines.items():
                 check_idle(report, node, machine)
+            update_s = image_test_tokens.check_tokens(report, folder / "fleet", bundle, set(NODES))
+            stack.callback(lambda: [machine.cut_power() for machine in machines.values()])
+            victim, kind = CUT, NODES[CUT][0]
+            image_test_tokens.check_power_cut(
+                report,
+                folder / "fleet",
+                newer,
+                update_s,
+                victim,
+                machines,
+                lambda: Machine(kind, cards[victim], folder / victim),
+                BOOT_S,
+            )
     except (OSError, ValueError, RuntimeError, QemuError, subprocess.TimeoutExpired) as error:
         report.check("the test ran to its end", False, " ".join(str(error).split()))
     except KeyboardInterrupt:
