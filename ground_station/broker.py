@@ -320,7 +320,11 @@ class Broker:
             except OSError as error:
                 raise BrokerError(
                     f"port {self.port} cannot be used ({error.strerror}); "
-                    "choose another, or name the broker there as external"
+                    + (
+                        "does another `spacemoe up` run? stop it; a new fleet takes other ports by `fleet init --broker-port`"
+                        if self.fleet is not None
+                        else "choose another, or name the broker there as external"
+                    )
                 ) from error
 
     def _last_log_line(self) -> str:

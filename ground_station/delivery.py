@@ -241,7 +241,9 @@ class Deliverer:
         try:
             self._context, self._socket, self._gate = open_router(endpoint, curve_keys, options, allowed)
         except (OSError, zmq.ZMQError) as error:
-            raise LinkError(f"cannot listen on {endpoint}: {error}; choose another port") from None
+            raise LinkError(
+                f"cannot listen on {endpoint}: {error}; one of generate, place and update runs at a time; else choose another port"
+            ) from None
         self.endpoint: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._answers: deque[tuple[float, float, Message]] = (
             deque()

@@ -19,7 +19,7 @@ import numpy as np
 
 from ground_station import ledger, live_costs, rates, selection, spot_fleet, text_stream, up
 from ground_station.allow_list import AllowList
-from ground_station.control import Control
+from ground_station.control import Control, ControlError
 from ground_station.decode import Decoder, TokenCost
 from ground_station.delivery import Deliverer
 from ground_station.demo_report import ledger_of
@@ -42,8 +42,8 @@ from node_agent.delivery_frame import Shard
 from node_agent.wire import Birth
 
 POLL_S = 0.1
-LOOK_S = 3.0
 SHOWN = 8
+STATES = {"new": "has not enrolled yet", "revoked": "is revoked", "quarantined": "is in quarantine"}
 
 Progress = Callable[[int, int, str], None]
 """(bytes there, bytes in all, what) of the shards that are sent."""
@@ -101,6 +101,9 @@ def online(control: Control, folder: FleetFolder, options: Options) -> dict[str,
     unknown = [node for node in options.nodes if node not in records]
     if unknown:
         raise BoardsError(f"{', '.join(unknown[:SHOWN])}: not of this fleet; `spacemoe fleet list` says who is")
+    for node in options.nodes:
+        if (state := records[node].state) != "enrolled":
+            raise BoardsError(f"{node} {STATES[state]}; `spacemoe fleet list` says how each stands")
     wanted = options.nodes or tuple(name for name, record in records.items() if record.state == "enrolled")
     if not wanted:
         raise BoardsError("no node has enrolled yet: flash a card with a pack of `spacemoe fleet add`, and start it")
@@ -149,7 +152,10 @@ def run(options: Options, show: Show, progress: Progress) -> dict:
     _allocator(options, manifest)  # a bundle without calibration is told now
     ports, keys, allowed = folder.info.ports, folder.curve_keys(), AllowList(folder)
     with ExitStack() as stack:
-        control = stack.enter_context(up.control_of(folder, options.broker, ports.broker))
+        try:
+            control = stack.enter_context(up.control_of(folder, options.broker, ports.broker))
+        except ControlError as error:
+            raise BoardsError(f"{error}; `spacemoe up --dir {options.folder}` starts it") from None
         link = stack.enter_context(Link(f"tcp://{options.bind}:{ports.data}", keys, allowed))
         deliverer = stack.enter_context(Deliverer(f"tcp://{options.bind}:{ports.delivery}", keys, allowed))
         births = online(control, folder, options)
@@ -162,12 +168,13 @@ def run(options: Options, show: Show, progress: Progress) -> dict:
         )
         began_s = time.monotonic()
         sent = send(deliverer, wanted, options.bundle, manifest, progress, options.patience_s)
+        if wanted:
+            show(f"{len(wanted)} shards sent: {sent / 1e6:.1f} MB in {time.monotonic() - began_s:.1f} s\n")
         delivered = {"shards": len(wanted), "bytes": sent, "s": round(time.monotonic() - began_s, 3)}
         table = Table(holdings)
         if missing := link.wait_for(set(table.nodes), options.patience_s):
-            raise BoardsError(
-                f"not on the data plane: {', '.join(sorted(missing))}; is port {ports.data} open to them?"
-            )
+            where = f"port {ports.data} of {options.bind}"
+            raise BoardsError(f"not on the data plane: {', '.join(sorted(missing))}; do they reach {where} (--bind)?")
         trunk = Trunk(options.bundle, manifest)
         spot = stack.enter_context(spot_fleet.checking(folder, control, options.bundle, manifest, births, show))
         allocator = _allocator(options, manifest)

@@ -208,7 +208,9 @@ def _open(
         libzmq = _LibzmqRouter(endpoint, curve_keys, allowed)
         return libzmq, libzmq.endpoint
     except (OSError, ValueError, OverflowError, zmq.ZMQError) as error:
-        raise LinkError(f"cannot listen on {endpoint}: {error}; choose another port") from None
+        raise LinkError(
+            f"cannot listen on {endpoint}: {error}; one of generate, place and update runs at a time; else choose another port"
+        ) from None
 
 
 class Link:

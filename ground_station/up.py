@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
 from ground_station import fleet_authority
@@ -21,10 +22,12 @@ from ground_station.control import Control
 from ground_station.enrol_server import EnrolServer
 from ground_station.fleet import NodeState
 from ground_station.fleet_records import CA_CERT, GROUND_CERT, GROUND_KEY, FleetFolder
+from ground_station.node_record import NodeRecord
 from ground_station.time_server import TimeServer, TimeServerError
 
 LOOK_S = 0.25
 REFRESH_S = 86_400.0
+SETTLED_S = 2.0
 LOOPBACK = "127.0.0.1"
 
 
@@ -71,6 +74,8 @@ def running(options: Options, say: Callable[[str], None]) -> Iterator[Ground]:
     for line in fleet_authority.refresh(folder):
         say(line)
     ports = folder.info.ports
+    if line := reach(folder.info.hosts, options.bind):
+        say(line)
     with ExitStack() as stack:
         broker = stack.enter_context(
             Broker(folder.path("run"), "mosquitto", ports.broker, fleet=folder, bind=options.bind)
@@ -91,6 +96,33 @@ def running(options: Options, say: Callable[[str], None]) -> Iterator[Ground]:
         yield Ground(folder, broker, control, enrol, clock)
 
 
+def reach(hosts: tuple[str, ...], bind: str) -> str:
+    """What to say where boards cannot reach what listens on `bind`; empty where they may."""
+    if not is_loopback(bind) or any(map(is_loopback, hosts)):
+        return ""
+    return (
+        f"caution: boards dial {hosts[0]}, and this listens on {bind} alone: say --bind {hosts[0]}, or 0.0.0.0 for every address "
+        "of this machine"
+    )
+
+
+def record_changes(before: dict[str, NodeRecord], after: dict[str, NodeRecord]) -> list[str]:
+    """A line for each node whose record changed its state, or that has a new certificate."""
+    lines = []
+    for name, record in sorted(after.items()):
+        old = before.get(name)
+        if old is not None and (old.state, old.serial) == (record.state, record.serial):
+            continue
+        until = f"{datetime.fromtimestamp(record.not_after_utc_s, timezone.utc):%Y-%m-%d}"
+        why = f": {record.reason}" if record.reason else ""
+        if record.state == "enrolled":
+            what = "has enrolled" if old is None or not old.serial else "has a new certificate"
+            lines.append(f"{name} {what}, until {until}")
+        elif old is not None:
+            lines.append(f"{name} is {record.state}{why}")
+    return lines
+
+
 def changes(before: dict[str, NodeState], after: dict[str, NodeState]) -> list[str]:
     """What a line is due for, between two looks at the fleet: nodes that came or went, events, alarms."""
     lines = []
@@ -100,8 +132,6 @@ def changes(before: dict[str, NodeState], after: dict[str, NodeState]) -> list[s
             birth = state.birth
             what = f"online: {birth.board}, {len(birth.shards)} shards" if state.online and birth else "offline"
             lines.append(f"{name} {what if state.online else 'offline'}")
-        elif state.birth and old.birth and len(state.birth.shards) != len(old.birth.shards):
-            lines.append(f"{name} holds {len(state.birth.shards)} shards")
         known = {(event.generated_at, event.kind, event.text) for event in old.events}
         for event in state.events:
             if (event.generated_at, event.kind, event.text) not in known and event.severity != "info":
@@ -112,14 +142,32 @@ def changes(before: dict[str, NodeState], after: dict[str, NodeState]) -> list[s
 def follow(ground: Ground, say: Callable[[str], None], stop: Callable[[], bool] = lambda: False) -> None:
     """Says what changes, until `stop()` or an exception such as KeyboardInterrupt."""
     before: dict[str, NodeState] = {}
+    version, records = ground.folder.version(), ground.folder.scan()[0]
+    held: dict[str, tuple[int, float]] = {}  # node -> (shards, since when)
+    said: dict[str, int] = {}
     due_s = time.monotonic() + REFRESH_S
     while not stop():
         if time.monotonic() > due_s:  # one that runs for months outlives its own certificate
             due_s = time.monotonic() + REFRESH_S
             for line in fleet_authority.refresh(ground.folder):
                 say(line)
+        if (now := ground.folder.version()) != version:
+            version, now_records = now, ground.folder.scan()[0]
+            for line in record_changes(records, now_records):
+                say(line)
+            records = now_records
         after = ground.control.snapshot()
         for line in changes(before, after):
             say(line)
-        before = after
+        before, now_s = after, time.monotonic()
+        for name, state in after.items():
+            if state.birth is None:
+                continue
+            count = len(state.birth.shards)
+            if held.get(name, (-1, 0.0))[0] != count:
+                held[name] = (count, now_s)
+                said.setdefault(name, count)  # "online" has just told it
+            elif said[name] != count and now_s - held[name][1] > SETTLED_S:  # not one line for each of a hundred
+                said[name] = count
+                say(f"{name} holds {count} shards")
         time.sleep(LOOK_S)

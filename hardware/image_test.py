@@ -213,6 +213,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--quiet-s", type=float, default=QUIET_S, help="how long packets are watched (default: %(default)g)"
     )
+    parser.add_argument(
+        "--once", action="store_true", help="leave out the second build that is compared with the first"
+    )
     args = parser.parse_args(argv)
     args.folder.mkdir(parents=True, exist_ok=True)
     folder = args.folder.resolve()
@@ -225,7 +228,8 @@ def main(argv: list[str] | None = None) -> int:
             )
         need_packages(report.say)
         images = build_images(report, args.cache.resolve(), args.offline)
-        same_again(report, args.cache.resolve(), images)
+        if not args.once:
+            same_again(report, args.cache.resolve(), images)
         cards = provision(report, folder / "fleet", images)
         with ExitStack() as stack:
             station = ground(folder / "fleet", folder / "ground.log")
