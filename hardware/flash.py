@@ -9,6 +9,7 @@ Leaves out: choosing disks (block_devices.py), a card's identity (flash_pack.py)
 from __future__ import annotations
 
 import hashlib
+import os
 import queue
 import threading
 import time
@@ -16,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from hardware.bmap import Bmap, Mapped, with_used
 from hardware.fat_files import Fat, FatError
@@ -108,8 +110,18 @@ def check_fits(source: ImageSource, jobs: tuple[Job, ...], block_map: Bmap | Non
         if source.bytes > job.target.bytes:
             raise ImageTooLarge(source.path, source.bytes, job.target.bytes)
     paths = [job.target.path.resolve() for job in jobs]
-    if len({*paths}) != len(paths) or source.path.resolve() in paths:
+    files = [_file(path) for path in paths]  # a hard link is another name of the same file
+    if len({*files}) != len(files) or _file(source.path.resolve()) in files:
         raise ImageError("a card or file is named twice, or is the image itself: name each once")
+
+
+def _file(path: Path) -> object:
+    """What is the same for every name of a file; of a file that is not there yet, its path."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return path
+    return status.st_dev, status.st_ino
 
 
 @dataclass(frozen=True)

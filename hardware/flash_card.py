@@ -79,6 +79,8 @@ class Card:
             raise FlashError(f"{path} is not the disk any more that was chosen: list the disks again")
         if not device and not stat.S_ISREG(status.st_mode):
             raise FlashError(f"{path} is no plain file: --to-file takes files, disks are named without it")
+        if not device:
+            os.fchmod(self._fd, 0o600)  # it may hold a claim token
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # udev keeps its hands off a disk that is locked
         except BlockingIOError:

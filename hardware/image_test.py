@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Callable
 
-from hardware import image_namespace, image_test_tokens, qemu_machine, qemu_packets
+from hardware import image_namespace, image_test_start, image_test_tokens, qemu_machine, qemu_packets
 from hardware.qemu_machine import GROUND, Machine, QemuError
 
 NODES = {"sat-virt": ("virt", "qemu-virt"), "sat-pi3": ("raspi3b", "pi3")}
@@ -230,6 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         images = build_images(report, args.cache.resolve(), args.offline)
         if not args.once:
             same_again(report, args.cache.resolve(), images)
+        image_test_start.check_start(report, CHECKPOINT.parent / "bundle")
         cards = provision(report, folder / "fleet", images)
         with ExitStack() as stack:
             station = ground(folder / "fleet", folder / "ground.log")
