@@ -13,15 +13,18 @@ import io
 import json
 import os
 import re
+import struct
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ground_station.delivery import Deliverer, DeliveryError, DeliveryRefused
-from node_agent.delivery_frame import DONE, NAME, REFUSED, SIGNATURE_BYTES, STATE, AgentOffer
+from node_agent.bundle_file import SIGNATURE_BYTES
+from node_agent.delivery_frame import DONE, NAME, REFUSED, STATE, AgentOffer
 from node_agent.shard import atomic_file, sha256_of
 from node_agent.signature import update_statement
 
@@ -36,6 +39,9 @@ MAX_PACKAGE_BYTES = 512 * 1024 * 1024
 MAX_NOTE_BYTES = 64 * 1024
 ASK_S = 1.0
 _EPOCH = (1980, 1, 1, 0, 0, 0)
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # what a board takes
+# What zipfile raises for a damaged archive, a method or an encryption that it does not know, and json for what is no JSON.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError, KeyError, TypeError)
 _LEFT_OUT = ("__pycache__",)
 _NATIVE = re.compile(r"\.cpython-(\d+)-([a-z0-9_]+)-linux")
 
@@ -133,9 +139,13 @@ def read(path: Path) -> Package:
                     f"{file} is no file of at most {limit} bytes: make a package by `spacemoe update --make`"
                 )
         signature = beside.read_bytes()
-        with zipfile.ZipFile(path) as archive, archive.open(NOTE) as file:
-            name = json.loads(file.read(MAX_NOTE_BYTES))["name"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, RuntimeError, zipfile.BadZipFile) as error:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if member.compress_type not in _METHODS or member.flag_bits & 1:
+                    raise ValueError(f"{member.filename[:80]!r} is encrypted or packed in another way than deflate")
+            with archive.open(NOTE) as file:
+                name = json.loads(file.read(MAX_NOTE_BYTES))["name"]
+    except (OSError, *_DAMAGE) as error:
         if isinstance(error, PackageFileError):
             raise
         raise PackageFileError(

@@ -29,7 +29,7 @@ NODES = {"sat-virt": ("virt", "qemu-virt"), "sat-pi3": ("raspi3b", "pi3")}
 CUT = "sat-virt"
 """Whose power is cut."""
 CHECKPOINT = Path(__file__).resolve().parents[1] / "quantize" / "reference" / "checkpoint"
-BOOT_S = 600.0
+BOOT_S = 900.0
 QUIET_S = 300.0
 MAX_IDLE_KIB = 200 * 1024
 MAX_IMAGE_BYTES = 350_000_000

@@ -16,11 +16,13 @@ import platform
 import re
 import shutil
 import stat
+import struct
 import subprocess
 import sys
 import threading
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -42,6 +44,9 @@ RESERVE_BYTES = 64 * 1024 * 1024
 PIECE_BYTES = 1 << 20
 MAX_POLL_S = 1.0
 COMPILE_S = 900.0
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+# What zipfile raises for a damaged archive, a method or an encryption that it does not know.
+ZIP_ERRORS = (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError)
 _PART = re.compile(r"[A-Za-z0-9_.+@=,~-]{1,200}")
 
 
@@ -138,7 +143,7 @@ def note_of(archive: zipfile.ZipFile) -> dict:
         abi = str(tree["abi"])[:40]
     except PackageError:
         raise
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError, RuntimeError, zipfile.BadZipFile) as error:
+    except (KeyError, TypeError, AttributeError, *ZIP_ERRORS) as error:
         raise PackageError(f"the package has no readable {PACKAGE} ({str(error)[:100]})") from None
     here, mine = platform.machine(), f"{sys.implementation.name}{sys.version_info[0]}{sys.version_info[1]}"
     if machine not in ("any", here):
@@ -173,13 +178,25 @@ def unpack(package: Path, root: Path) -> None:
     """
     try:
         with zipfile.ZipFile(package) as archive:
+            _check_methods(archive)
             note_of(archive)
             members = [member for member in archive.infolist() if not member.is_dir()]
             _check(members, shutil.disk_usage(root).free)
             for member in members:
                 _write(archive, member, root)
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError, RuntimeError) as error:
+    except PackageError:
+        raise
+    except ZIP_ERRORS as error:
         raise PackageError(f"the package cannot be unpacked ({str(error)[:120]})") from None
+
+
+def _check_methods(archive: zipfile.ZipFile) -> None:
+    for member in archive.infolist():
+        if member.compress_type not in METHODS or member.flag_bits & 1:
+            raise PackageError(
+                f"{member.filename[:80]!r} of the package is encrypted or packed in another way than deflate: make it by "
+                "`spacemoe update --make`"
+            )
 
 
 def _check(members: list[zipfile.ZipInfo], free_bytes: int) -> None:

@@ -19,6 +19,7 @@ from node_agent.shard import BundleError, FileEntry, Manifest, atomic_file, read
 
 SUFFIX = ".new"
 SIGNATURE = "manifest.sig"
+SIGNATURE_BYTES = 64  # Ed25519
 SHARD_SIGNATURES = "shards.sig"
 
 

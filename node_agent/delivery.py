@@ -178,7 +178,10 @@ class Receiver:
     def _take_update(self, message: Message) -> Iterator[bytes]:
         self.close()
         if self._updates is None:
-            raise StoreError("other", "this agent was not started by its launcher: update it by hand")
+            raise StoreError(
+                "other",
+                "this agent was not started by its launcher: stop it, `pip install -U` the new kit there, start it again",
+            )
         if self._updates.is_good(message.update):
             yield delivery_frame.pack(Message(DONE, message.transfer))
             return

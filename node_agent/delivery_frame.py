@@ -16,6 +16,7 @@ import re
 import struct
 from dataclasses import dataclass
 
+from node_agent.bundle_file import SIGNATURE_BYTES
 from node_agent.frame import PRECISION_ID, PRECISIONS
 from node_agent.shard import FileEntry, shard_stem
 
@@ -27,7 +28,6 @@ MAX_FILES = 8
 MAX_FILE_BYTES = 1 << 40
 MAX_HIDDEN = 32_768
 MAX_TEXT_BYTES = 512
-SIGNATURE_BYTES = 64  # Ed25519
 FOLDER = "experts/"  # of a bundle; names on the wire are without it
 PACKAGES = "packages/"  # the same of updates of the agent
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

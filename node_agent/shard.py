@@ -10,6 +10,7 @@ Leaves out: how graphs are built (quantize) and run (node_agent.experts, ground_
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -167,6 +168,17 @@ def _digest(file: BinaryIO) -> str:  # Python 3.10 (JetPack 6) lacks hashlib.fil
     return digest.hexdigest()
 
 
+def read_plain(path: Path, most_bytes: int) -> bytes:
+    """All of a plain file; a pipe is not waited for.  Raises: OSError, BundleError for what is no plain file or larger."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise BundleError(f"{path} is no plain file: write or copy the bundle again")
+        if found.st_size > most_bytes:
+            raise BundleError(f"{path} is over {most_bytes} bytes: not a bundle of ours")
+        return file.read(found.st_size)
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file open for writing that appears under `path` whole or not at all, also after a power cut.
@@ -183,8 +195,10 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+            error.filename = str(path)  # a write names no file
         raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
@@ -206,9 +220,12 @@ def verify_file(root: Path, entry: FileEntry) -> Path:
     if ".." in Path(entry.path).parts or Path(entry.path).is_absolute():
         raise BundleError(f"{entry.path!r} points outside the bundle: do not use this bundle")
     try:
-        size = path.stat().st_size
+        found = path.stat()
     except OSError:
         raise BundleError(f"{path} is missing: write or copy the bundle again") from None
+    if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
+        raise BundleError(f"{path} is no plain file: write or copy the bundle again")
+    size = found.st_size
     if size != entry.bytes:
         what = "it is cut short" if size < entry.bytes else "it is not the file that was listed"
         raise BundleError(f"{path} has {size} bytes, the manifest says {entry.bytes}: {what}; copy it again")
@@ -226,9 +243,9 @@ def read_manifest(root: Path) -> Manifest:
     """Raises: BundleError when there is none, it is not readable, or a newer version wrote it."""
     path = root / MANIFEST
     try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise BundleError(f"{path} is over {MAX_MANIFEST_BYTES} bytes: not a bundle of ours")
-        tree = json.loads(path.read_bytes())
+        tree = json.loads(read_plain(path, MAX_MANIFEST_BYTES))
+    except BundleError:
+        raise
     except OSError:
         raise BundleError(
             f"{root} is no bundle (no readable {MANIFEST}): make one by `spacemoe quantize MODEL -o BUNDLE`"

@@ -23,8 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from node_agent.bundle_file import SHARD_SIGNATURES, SIGNATURE
-from node_agent.delivery_frame import SIGNATURE_BYTES
+from node_agent.bundle_file import SHARD_SIGNATURES, SIGNATURE, SIGNATURE_BYTES
 from node_agent.shard import MANIFEST, MAX_MANIFEST_BYTES, BundleError, FileEntry
 
 MAX_SIGNERS = 16
