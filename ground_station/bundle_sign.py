@@ -75,7 +75,7 @@ def sign(root: Path, key: Ed25519PrivateKey) -> Signed:
     """Writes manifest.sig and shards.sig.  Raises: shard.BundleError for a file that is not as the manifest says, OSError."""
     with bundle_file.alone(root):
         manifest = shard.read_manifest(root)
-        data = (root / shard.MANIFEST).read_bytes()
+        data = shard.read_plain(root / shard.MANIFEST, shard.MAX_MANIFEST_BYTES)
         if len(manifest.name.encode()) > signature.MAX_BUNDLE_NAME_BYTES:
             raise shard.BundleError(
                 f"the bundle's name {manifest.name[:40]!r}... has over {signature.MAX_BUNDLE_NAME_BYTES} bytes: quantize it again"

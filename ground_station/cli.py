@@ -9,6 +9,7 @@ that `spacemoe --help` stays fast and needs no extra.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -35,10 +36,19 @@ from ground_station.cli_shared import (
     EXIT_OK,
     EXIT_TERMINATED,
     EXIT_USAGE,
+    plain,
     reference_bundle,
 )
 
 __all__ = ["main", "parser", "reference_bundle"]
+
+# What the system says without a next step.
+NEXT_STEPS = {
+    errno.ENOSPC: "free space on the disk",
+    errno.EDQUOT: "free space on the disk",
+    errno.EROFS: "choose a folder that may be written",
+    errno.EACCES: "choose a folder that may be written, or change who may use this one",
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -97,9 +107,15 @@ def _unwind_when_told_to_end() -> None:
 
 
 def _line(error: object) -> str:
-    """An error's text as users get it: one line, and nothing that a terminal would obey, since it may quote a stranger's file."""
-    text = " ".join(str(error).split())
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    """An error's text as users get it: one line that is plain; the system's own words get the path and the next step."""
+    text = str(error)
+    if isinstance(error, OSError) and error.errno in NEXT_STEPS and error.strerror == os.strerror(error.errno):
+        names = " and ".join(
+            os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))
+        )
+        text = f"{names}: {error.strerror}" if names else error.strerror
+        text += f": {NEXT_STEPS[error.errno]}"
+    return plain(" ".join(text.split()))
 
 
 def main(argv: list[str] | None = None) -> int:

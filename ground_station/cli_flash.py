@@ -52,6 +52,9 @@ def add(commands, command) -> None:
     flash.add_argument(
         "--max-card-gb", type=float, default=MAX_CARD_GB, metavar="GB", help="larger is no card (default: %(default)s)"
     )
+    flash.add_argument(
+        "--force", action="store_true", help="write over a file of --to-file; take an image without a partition table"
+    )
     flash.add_argument("--dry-run", action="store_true", help="show what would be written, and write nothing")
     flash.epilog = (
         "exit codes: 0 every card is written and verified (or listed); 1 a card failed; 2 refused before the first byte, or a "
@@ -62,7 +65,7 @@ def add(commands, command) -> None:
 
 def _flash(args: argparse.Namespace) -> int:
     from ground_station.flash_bars import Bars, counting
-    from hardware import block_devices, bmap, flash, image_source
+    from hardware import block_devices, bmap, flash, flash_front, image_source
 
     if not 0 < args.max_card_gb < 1e6:
         raise UsageError(f"--max-card-gb {args.max_card_gb:g} is no number of GB above 0")
@@ -75,8 +78,12 @@ def _flash(args: argparse.Namespace) -> int:
         _check_rights(disks)
     packs = _packs(args, targets)
     # a new virtual card is as large as its image
-    sizes = [disk.bytes for disk in disks] + [_file_bytes(path) for path in args.to_file]
+    sizes = [disk.bytes for disk in disks] + [_file_bytes(path, args.force) for path in args.to_file]
     source = image_source.look(args.image, min(filter(None, sizes), default=None), counting(args.json))
+    if not args.force and not flash_front.has_table(source):
+        raise UsageError(
+            f"{args.image} has no partition table, so no board boots from it: take the image of a whole disk, or give --force"
+        )
     announced = image_source.announced(source, args.sha256)
     found = None if args.no_bmap else args.bmap or bmap.beside(args.image)
     block_map = bmap.read(found) if found is not None else None
@@ -127,15 +134,39 @@ def _check_rights(disks: tuple) -> None:
             raise PermissionError(f"{disk.path} may not be written by this user: run the command with sudo")
 
 
-def _file_bytes(path: Path) -> int:
-    """0 for a file that is to be made.  Raises: UsageError."""
+def _file_bytes(path: Path, force: bool) -> int:
+    """0 for a file that is to be made.  Raises: UsageError, also for one that would be written over without `force`."""
     if not path.exists():
         if not path.absolute().parent.is_dir():
             raise UsageError(f"{path} cannot be written: give --to-file a file in a folder that is there")
         return 0
     if not path.is_file():
         raise UsageError(f"{path} is no plain file: --to-file takes files, disks are named without it")
-    return path.stat().st_size
+    size = path.stat().st_size
+    if size and not force:
+        raise UsageError(f"{path} exists and would be written over: name another file, or give --force")
+    return size
+
+
+def _used_up(packs: Path) -> dict[str, str]:
+    """Node -> why its pack in the folder `packs` is of no use any more, as the records of the fleet around it say.
+
+    Empty for a folder that is not in a fleet's. Raises: FleetFolderError.
+    """
+    import shlex
+
+    from ground_station import fleet_records
+
+    root = Path(os.path.abspath(packs)).parent
+    if not (root / fleet_records.FLEET_FILE).is_file():
+        return {}
+    shown = packs.parent if packs.name not in ("", "..") else root
+    return {
+        record.id: f"{record.id} {'has enrolled' if record.state == 'enrolled' else f'is {record.state}'}: `spacemoe fleet add "
+        f"{record.id} --board {record.board} --again --dir {shlex.quote(str(shown))}` makes a new pack"
+        for record in fleet_records.FleetFolder.open(root).nodes().values()
+        if record.state != "new"
+    }
 
 
 def _packs(args: argparse.Namespace, targets: int) -> list:
@@ -144,12 +175,17 @@ def _packs(args: argparse.Namespace, targets: int) -> list:
         return [None] * targets
     from hardware import flash_pack
 
-    packs = (
-        list(map(flash_pack.read_pack, args.pack))
-        if args.packs is None
-        else list(flash_pack.packs_in(args.packs, args.again))
-    )
-    if args.packs is not None:
+    if args.packs is None:
+        for path in () if args.again else args.pack:
+            if (why := _used_up(path.parent).get(os.path.basename(os.path.abspath(path)))) is not None:
+                raise UsageError(f"{path}: {why}")
+        packs = list(map(flash_pack.read_pack, args.pack))
+    else:
+        spent = _used_up(args.packs)
+        packs = list(flash_pack.packs_in(args.packs, args.again, spent))
+        for node, why in spent.items():
+            if (args.packs / node).is_dir():
+                print(wrapped(f"left out: {why}"), file=sys.stderr)
         if len(packs) < targets:
             raise UsageError(
                 f"{args.packs} has {len(packs)} unused packs for {targets} cards: `spacemoe fleet add` more"
@@ -313,7 +349,10 @@ def _told(args: argparse.Namespace, facts: dict, done, plan) -> int:
         if outcome.job.pack is not None:
             try:
                 mark_used(
-                    outcome.job.pack, f"{card['device']} ({card['name']} {card['serial']})", plan.source.path.name, now
+                    outcome.job.pack,
+                    f"{card['device']} ({' '.join(filter(None, (card['name'], card['serial'])))})",
+                    plan.source.path.name,
+                    now,
                 )
             except OSError as error:
                 card["remark"] += f" {outcome.job.pack.folder} could not be marked as used ({error.strerror})"

@@ -48,6 +48,9 @@ def add(commands, command) -> None:
     new.add_argument("--out", type=Path, metavar="PACKS", help="the pack goes to PACKS/NODE (default: FLEET/packs)")
     new.add_argument("--valid-days", type=float, default=TOKEN_DAYS, metavar="D", help="of the token (default: 30)")
     new.add_argument("--again", action="store_true", help="the node is known: new token, old certificate revoked")
+    new.add_argument("--any-board", action="store_true", help="also a board that has no board file")
+    new.add_argument("--yes", action="store_true", help="do not ask")
+    new.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
     revoke = part("revoke", "cut a node off for good", _revoke)
     revoke.add_argument("node", metavar="NODE")
     revoke.add_argument("--reason", default="", metavar="TEXT", help="kept in the node's record")
@@ -91,13 +94,59 @@ def _init(args: argparse.Namespace) -> int:
     return _print(args, facts, lines)
 
 
+def _confirmed(args: argparse.Namespace, what: str, text: str, question: str) -> None:
+    """Asks on standard error unless --yes is given.  Raises: UsageError where nobody can be asked; RuntimeError for a no."""
+    if args.yes:
+        return
+    if args.json or not sys.stdin or not sys.stdin.isatty():
+        raise UsageError(f"{what} needs a yes: give --yes, or --dry-run to see what it does")
+    print(wrapped(text), file=sys.stderr)
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise RuntimeError("nothing was changed: the answer was not yes")
+
+
+def _ends(record, now_utc_s: float) -> str:
+    """What a new start of the node ends, in words; empty where it holds no certificate that is good."""
+    from ground_station import fleet_authority
+
+    if record is None or not set(fleet_authority.live_serials(record, now_utc_s)) - set(record.revoked_serials):
+        return ""
+    until = _day(max(record.not_after_utc_s, record.previous_not_after_utc_s))
+    return (
+        f"node {record.id} ({record.board}) is {record.state}: its certificate, valid until {until}, is revoked at once, "
+        "and the board is cut off until it is flashed with the new pack"
+    )
+
+
 def _add(args: argparse.Namespace) -> int:
+    import time
+
     from ground_station import fleet_changes, fleet_pack, fleet_records
+    from hardware import board_file
 
     folder = fleet_records.FleetFolder.open(args.dir)
     fleet_records.check_node(args.node)
+    boards = board_file.names()
+    if args.board not in boards and not args.any_board:
+        raise UsageError(
+            f"there is no board {args.board[:40]!r}: use one of {', '.join(boards)}; or --any-board for one without a board file"
+        )
     out = args.out or args.dir / fleet_pack.PACKS
     fleet_pack.check_place(out, args.node)
+    known = fleet_changes.check_addable(folder, args.node, args.board, args.valid_days, args.again)
+    ends = _ends(known, time.time())
+    if args.dry_run:
+        facts = {"node": args.node, "board": args.board, "pack": str(out / args.node), "again": args.again}
+        lines = [ends] if ends else []
+        lines.append(
+            f"node {args.node} ({args.board}) would be added to {folder.info.fleet}, its pack is {out / args.node}"
+        )
+        return _print(
+            args, facts | {"dry_run": True, "ends": ends}, [*lines, "this was a dry run: nothing was changed"]
+        )
+    if ends:
+        _confirmed(args, f"cutting {args.node} off", ends, f"Cut {args.node} off, and make a new pack?")
     with folder.locked():  # the pack's token is the record's, whoever else adds the node at this moment
         record, token = fleet_changes.add_node(folder, args.node, args.board, args.valid_days, args.again)
         try:
@@ -107,30 +156,21 @@ def _add(args: argparse.Namespace) -> int:
                 f"node {record.id} was added, but its pack could not be written ({error}): mend that, then "
                 f"`spacemoe fleet add {record.id} --board {record.board} --again`"
             ) from None
-    boards = _boards()
     facts = {"node": record.id, "board": record.board, "state": record.state, "pack": str(pack), "again": args.again}
-    facts |= {
-        "token_expires_utc_s": record.token_expires_utc_s,
-        "known_board": record.board in boards if boards else None,
-    }
+    facts |= {"token_expires_utc_s": record.token_expires_utc_s, "known_board": record.board in boards, "ends": ends}
     lines = [
         f"node {record.id} ({record.board}) added to {folder.info.fleet}: its pack is {pack}",
         f"the pack's claim token is good once, until {_day(record.token_expires_utc_s)}: it goes onto this board's card and nowhere else",
     ]
-    if boards and record.board not in boards:
+    if record.board not in boards:
         lines.append(f"note: there is no board file for {record.board!r}; known: {', '.join(boards)}")
     return _print(args, facts, lines)
-
-
-def _boards() -> list[str]:
-    """Names of the board files in this clone; none in an installed wheel."""
-    return sorted(path.stem for path in (Path(__file__).resolve().parent.parent / "hardware" / "boards").glob("*.toml"))
 
 
 def _revoke(args: argparse.Namespace) -> int:
     import time
 
-    from ground_station import fleet_authority, fleet_changes, fleet_records
+    from ground_station import fleet_authority, fleet_changes, fleet_pack, fleet_records
 
     folder = fleet_records.FleetFolder.open(args.dir)
     record = folder.node(args.node)
@@ -141,26 +181,22 @@ def _revoke(args: argparse.Namespace) -> int:
         if len(live) != 1
         else "its certificate goes on the revocation list"
     )
-    text = f"node {record.id} ({record.board}, {record.state}): {what}, its claim token ends"
+    text = f"node {record.id} ({record.board}, {record.state}): {what}, its claim token and its pack end"
     if args.dry_run:
         return _print(args, facts, [text, "this was a dry run: nothing was changed"])
-    if not args.yes:
-        if not sys.stdin.isatty():
-            raise UsageError(f"revoking {record.id} needs a yes: give --yes, or --dry-run to see what it does")
-        print(wrapped(text), file=sys.stderr)
-        print(
-            f"Cut {record.id} off? It has to be flashed again to come back. [y/N] ", end="", file=sys.stderr, flush=True
-        )
-        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-            raise RuntimeError("nothing was revoked: the answer was not yes")
-    record = fleet_changes.revoke(folder, args.node, args.reason)
+    question = f"Cut {record.id} off? It has to be flashed again to come back."
+    _confirmed(args, f"revoking {record.id}", text, question)
+    with folder.locked():  # a pack that is made anew at this moment stays
+        record = fleet_changes.revoke(folder, args.node, args.reason)
+        left = fleet_pack.remove_pack(args.dir / fleet_pack.PACKS, record.id)
     return _print(
         args,
-        facts | {"state": record.state, "reason": record.reason},
+        facts | {"state": record.state, "reason": record.reason, "pack_left": left},
         [
             f"node {record.id} is revoked: {what}. A ground station that is up cuts it off now, one that is not will not let it in",
             f"to take the board back: spacemoe fleet add {record.id} --board {record.board} --again "
             f"--dir {shlex.quote(str(args.dir))}, and flash it again",
+            *([f"note: its pack could not be removed: {left}"] if left else []),
         ],
     )
 

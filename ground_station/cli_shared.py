@@ -11,6 +11,7 @@ from pathlib import Path
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_CHECK, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 3, 130, 143
 COLUMNS = 80
+MAX_CHARACTERS = 4000  # of one line: more is no text for people, whoever sent it
 
 # Of node_agent.compress, placement_policies and selection: named here so that --help stays fast; a test compares them.
 CODECS = ("fp32", "fp16", "q8", "q4", "importance")
@@ -41,9 +42,20 @@ def check_writable(path: Path | None, option: str) -> None:
         raise UsageError(f"{path} cannot be written: give {option} a file in a folder that is there")
 
 
+def plain(text: object, limit: int = MAX_CHARACTERS) -> str:
+    """One line with nothing in it that a terminal would obey, cut at `limit` characters: it may quote a stranger's file or board."""
+    line = str(text)
+    if len(line) > limit:
+        line = f"{line[:limit]}... (cut: {len(line)} characters)"
+    return "".join(
+        each if each.isprintable() else " " if each in "\t\n\v\f\r" else each.encode("unicode_escape").decode()
+        for each in line
+    )
+
+
 def wrapped(line: str) -> str:
-    """A line of output as lines of at most 80 columns; words stay whole, so that paths can be copied."""
-    return textwrap.fill(line, COLUMNS, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    """A line of output as plain lines of at most 80 columns; words stay whole, so that paths can be copied."""
+    return textwrap.fill(plain(line), COLUMNS, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 
 
 def positive(text: str) -> int:

@@ -14,6 +14,7 @@ from ground_station.cli_shared import (
     POLICIES,
     UsageError,
     bundle_of,
+    plain,
     positive,
     wrapped,
 )
@@ -113,7 +114,7 @@ def _generate(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(result))
     else:
-        print(demo_report.report(result))
+        print("\n".join(map(plain, demo_report.report(result).split("\n"))))
     return EXIT_CHECK if result["parity"] is not None and result["parity"]["equal"] is False else EXIT_OK
 
 

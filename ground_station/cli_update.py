@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -59,6 +60,8 @@ def _make(args: argparse.Namespace) -> int:
         print(json.dumps(facts))
     else:
         print(wrapped(f"{args.make}: {package.offer.name}, {package.offer.bytes / 1e6:.2f} MB, signed"))
+        fleet = shlex.quote(str(args.dir)) if args.dir is not None else "FLEET"
+        print(wrapped(f"next: spacemoe update NODE --package {shlex.quote(str(args.make))} --dir {fleet}"))
     return EXIT_OK
 
 
@@ -77,11 +80,15 @@ def _send(args: argparse.Namespace) -> int:
     records = folder.nodes()
     if unknown := [node for node in args.nodes if node not in records]:
         raise UsageError(f"{', '.join(unknown[:8])}: not of this fleet; `spacemoe fleet list` says who is")
+    if shut := [
+        _why_not(records[node], args.dir) for node in dict.fromkeys(args.nodes) if records[node].state != "enrolled"
+    ]:
+        raise UsageError("; ".join(shut[:8]))
     keys, allowed, ports = folder.curve_keys(), AllowList(folder), folder.info.ports
 
     def say(node: str, text: str) -> None:
         if not args.json:
-            print(wrapped(f"{node}: {text}"), file=sys.stderr, flush=True)
+            print(wrapped(_said(node, text)), file=sys.stderr, flush=True)
 
     with (
         Link(f"tcp://{args.bind}:{ports.data}", keys, allowed) as link,
@@ -94,5 +101,20 @@ def _send(args: argparse.Namespace) -> int:
         print(json.dumps({"name": package.offer.name, "sha256": package.offer.sha256, "nodes": found}))
     else:
         for node, text in found.items():
-            print(wrapped(f"{node}: {'runs ' + package.offer.name if text == 'good' else text}"))
+            print(wrapped(_said(node, f"runs {package.offer.name}" if text == "good" else text)))
     return EXIT_OK if set(found.values()) == {"good"} else EXIT_CHECK
+
+
+def _said(node: str, text: str) -> str:
+    """A line about a node; many texts begin with its name already."""
+    return text if text.startswith(f"{node} ") else f"{node}: {text}"
+
+
+def _why_not(record, fleet: Path) -> str:
+    """Why a node that is not enrolled gets no update, and the next step."""
+    where = f"--dir {shlex.quote(str(fleet))}"
+    again = f"`spacemoe fleet add {record.id} --board {record.board} --again {where}` and flash it again"
+    return {
+        "new": f"{record.id} has not enrolled yet: flash its card and start it while `spacemoe up` runs",
+        "quarantined": f"{record.id} is quarantined: `spacemoe fleet release {record.id} {where}` puts it back",
+    }.get(record.state, f"{record.id} is {record.state}: {again}")

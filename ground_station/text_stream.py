@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -10,11 +11,14 @@ from ground_station.decode import TokenCost
 from ground_station.text import Text
 
 Show = Callable[[str], None]
+# What a terminal obeys; a newline may stay. Not str.isprintable: text in many scripts needs joiners and wide spaces.
+_OBEYED = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def show(text: str) -> None:
-    """Prints progress and the text itself as they come."""
-    print(text, end="", flush=True)
+    """Prints progress and the text itself as they come, with nothing in it that a terminal would obey."""
+    text = text.replace("\t", " ")
+    print(_OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text), end="", flush=True)
 
 
 class Wrapped:

@@ -26,6 +26,7 @@ from ground_station.node_record import NodeRecord
 from ground_station.time_server import TimeServer, TimeServerError
 
 LOOK_S = 0.25
+MAX_TEXT = 300  # characters of what a node says about itself
 REFRESH_S = 86_400.0
 SETTLED_S = 2.0
 LOOPBACK = "127.0.0.1"
@@ -130,12 +131,14 @@ def changes(before: dict[str, NodeState], after: dict[str, NodeState]) -> list[s
         old = before.get(name, NodeState(name))
         if state.online != old.online:
             birth = state.birth
-            what = f"online: {birth.board}, {len(birth.shards)} shards" if state.online and birth else "offline"
+            what = (
+                f"online: {birth.board[:MAX_TEXT]}, {len(birth.shards)} shards" if state.online and birth else "offline"
+            )
             lines.append(f"{name} {what if state.online else 'offline'}")
         known = {(event.generated_at, event.kind, event.text) for event in old.events}
         for event in state.events:
             if (event.generated_at, event.kind, event.text) not in known and event.severity != "info":
-                lines.append(f"{name} {event.severity}: {event.kind}: {event.text}")
+                lines.append(f"{name} {event.severity}: {event.kind[:MAX_TEXT]}: {event.text[:MAX_TEXT]}")
     return lines
 
 

@@ -22,6 +22,10 @@ from hardware.fat_files import Fat, open_fat
 from hardware.partitions import Table
 
 KINDS = ("raspios-trixie", "raspios-bookworm", "ubuntu", "debian-raspi", "jetson", "spacemoe")
+TAKEN = (
+    "Raspberry Pi OS (64 bit, Debian 12 or 13), Ubuntu for the Raspberry Pi, raspi.debian.net's, Jetson Linux, "
+    "or an image of `spacemoe image build`"
+)
 CLOUD_INIT = ("raspios-trixie", "ubuntu")
 FIRST_BOOT_UNIT = "/etc/systemd/system/spacemoe-first-boot.service"
 AGENT = "/opt/spacemoe/agent"
@@ -75,13 +79,13 @@ def recognise(image: Path) -> Base:
     tegra = [root for root in roots if root[0] == "APP" and ext4_files.read(root[1], "/etc/nv_tegra_release")]
     if len(roots) != 1 and not tegra:
         raise BaseError(
-            f"{image} is no base image that is known: {len(roots)} partitions hold a system; found: {found}"
+            f"{image} is no base image that is known: {len(roots)} partitions hold a system; take one of: {TAKEN}; found: {found}"
         )
     _, root, facts = (tegra or roots)[0]
     fat, mount = _boot_partition(root, fats)
     kind = _kind(table, root, facts, fat, bool(tegra))
     if kind is None:
-        raise BaseError(f"{image} is no base image that is known ({', '.join(KINDS)}); found: {found}")
+        raise BaseError(f"{image} is no base image that is known; take one of: {TAKEN}; found: {found}")
     if kind != "jetson" and (fat is None or mount is None):
         raise BaseError(
             f"{image} looks like {kind}, but no FAT partition of it is mounted by its /etc/fstab; found: {found}"

@@ -9,13 +9,17 @@ from __future__ import annotations
 import hashlib
 import re
 import xml.etree.ElementTree as ElementTree
+import xml.parsers.expat
 from dataclasses import dataclass
 from pathlib import Path
 
 from hardware.image_errors import ImageError
 from hardware.image_source import read_small
 
-MAX_BMAP_BYTES = 16 * 1024 * 1024
+MAX_BMAP_BYTES = 8 * 1024 * 1024  # a range takes about 100 bytes: far more of them than a card of 64 GB has in use
+MAX_ELEMENTS = 200_000
+MAX_DEPTH = 3  # bmap / BlockMap / Range
+MAX_PIECE_BYTES = 64 * 1024  # from one '>' to the next: a million attributes cost the parser many seconds
 MAX_BLOCK_BYTES = 1 << 20
 CHECKSUMS = ("sha256", "sha384", "sha512")
 _RANGE = re.compile(r"\s*(\d{1,15})\s*(?:-\s*(\d{1,15})\s*)?")
@@ -69,11 +73,13 @@ def parse(raw: bytes, name: str = "the block map") -> Bmap:
     def wrong(what: str) -> ImageError:
         return ImageError(f"{name} {what}: make it again by `bmaptool create`, or give --no-bmap")
 
-    if b"<!DOCTYPE" in raw or b"<!ENTITY" in raw:
-        raise wrong("declares a document type, which no block map does")
     try:
+        if odd := _odd_shape(raw):
+            raise wrong(odd)
         root = ElementTree.fromstring(raw)
-    except (ElementTree.ParseError, ValueError, LookupError) as error:
+    except ImageError:
+        raise
+    except (xml.parsers.expat.ExpatError, ElementTree.ParseError, ValueError, LookupError) as error:
         raise wrong(f"is no XML ({' '.join(str(error).split())[:80]})") from None
     version = root.get("version", "")
     if root.tag != "bmap" or not re.fullmatch(r"1\.4|2\.\d{1,3}", version):
@@ -123,6 +129,42 @@ def parse(raw: bytes, name: str = "the block map") -> Bmap:
     if number("MappedBlocksCount", count) != sum(-(-each.bytes // block) for each in ranges):
         raise wrong("counts other blocks than it lists")
     return Bmap(image_bytes, block, algorithm, own, tuple(ranges))
+
+
+class _Odd(Exception):
+    """Stops the parser at the first thing that no block map has."""
+
+
+def _odd_shape(raw: bytes) -> str:
+    """What of an XML document's shape no block map has, or ''; builds nothing, so that a few megabytes cannot become gigabytes.
+
+    Raises: ExpatError, ValueError, LookupError.
+    """
+    if max(map(len, raw.split(b">"))) > MAX_PIECE_BYTES:
+        return f"has a tag or text of over {MAX_PIECE_BYTES} bytes"
+    parser, depth, count = xml.parsers.expat.ParserCreate(), 0, 0
+
+    def start(tag: str, attributes: dict) -> None:
+        nonlocal depth, count
+        depth, count = depth + 1, count + 1
+        if depth > MAX_DEPTH:
+            raise _Odd("is nested deeper than any block map")
+        if count > MAX_ELEMENTS:
+            raise _Odd(f"has over {MAX_ELEMENTS} elements")
+
+    def end(tag: str) -> None:
+        nonlocal depth
+        depth -= 1
+
+    def doctype(*_: object) -> None:
+        raise _Odd("declares a document type, which no block map does")
+
+    parser.StartElementHandler, parser.EndElementHandler, parser.StartDoctypeDeclHandler = start, end, doctype
+    try:
+        parser.Parse(raw, True)
+    except _Odd as odd:
+        return str(odd)
+    return ""
 
 
 def with_used(ranges: tuple[Mapped, ...], used: tuple[tuple[int, int], ...]) -> tuple[Mapped, ...]:

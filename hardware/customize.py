@@ -1,9 +1,9 @@
 """`spacemoe image customize`: a vendor's base image and a provision pack become an image that comes up as that node. No root, no mounting.
 
 The input is opened for reading only. Everything is done on a copy in a folder beside the output, which is renamed when the checks
-hold and removed whatever happens. The agent's files and units go into the root file system by debugfs, on every base in the same
-way, so that nothing depends on a script of the first boot; the pack goes on the FAT partition, where the first boot takes the claim
-token from. Host name, WLAN and SSH key are given to the base in its own way (first_boot_files.py).
+hold and removed whatever happens; a dry run reads a raw input in place. The agent's files and units go into the root file system by
+debugfs, on every base in the same way, so that nothing depends on a script of the first boot; the pack goes on the FAT partition,
+where the first boot takes the claim token from. Host name, WLAN and SSH key are given to the base in its own way (first_boot_files.py).
 After writing: e2fsck, fsck.vfat, every injected file read back by its sha256, the partition table compared.
 Leaves out: growing the root file system (the bases do that at their first boot), and how the payload is made (payload.py).
 """
@@ -94,8 +94,12 @@ def customize(
     work = Path(tempfile.mkdtemp(prefix=".spacemoe-customize-", dir=output.parent.absolute()))
     try:
         image = work / "card.img"
-        stage(f"copying {found.bytes} bytes")
-        sparse_copy.unpack(found, image, copied)
+        if settings.dry_run and found.kind == image_source.RAW:
+            stage(f"reading {found.bytes} bytes where they are")
+            image.symlink_to(source.absolute())  # programs leave their temporary files beside the link
+        else:
+            stage(f"copying {found.bytes} bytes")
+            sparse_copy.unpack(found, image, copied)
         base = _recognise(image, source)
         stage(f"found {base.kind}: {base.name}, {f'Python {base.python}' if base.python else 'without Python'}")
         report, items, fat = _prepare(image, base, pack, settings, build_payload, bring_packages, work, stage)
@@ -140,6 +144,10 @@ def _recognise(image: Path, source: Path) -> Base:
     """Errors name the file that the user gave, not the copy."""
     try:
         return base_kinds.recognise(image)
+    except partitions.PartitionError as error:
+        raise CustomizeError(
+            f"{str(error).replace(str(image), str(source))}; take one of: {base_kinds.TAKEN}"
+        ) from None
     except ValueError as error:
         raise CustomizeError(str(error).replace(str(image), str(source)).replace(image.name, source.name)) from None
 

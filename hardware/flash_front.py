@@ -17,7 +17,7 @@ import numpy as np
 from hardware.fat_files import Fat, FatError, open_fat
 from hardware.flash_card import HEAD_BYTES
 from hardware.image_source import ImageSource, ImageStream
-from hardware.partitions import Partition, PartitionError, read_table
+from hardware.partitions import SECTOR_BYTES, Partition, PartitionError, read_table
 
 MAX_FRONT_BYTES = 256 * 1024 * 1024
 """A FAT whose tables end behind this is left alone: no board's boot partition is."""
@@ -62,6 +62,21 @@ def look_at_front(source: ImageSource) -> Front:
                 return Front(None, (), str(error).replace(str(path), str(source.path)))
     lacks = "" if fats else f"{source.path} has no FAT partition"
     return Front(fats[0] if fats else None, _merged(used), lacks)
+
+
+def has_table(source: ImageSource) -> bool:
+    """Whether the first sector can be a partition table (MBR, or the one that protects a GPT) that has a partition.
+
+    Raises: ImageError (damaged stream), OSError.
+    """
+    with source.stream() as stream:
+        first = stream.read(SECTOR_BYTES)
+    entries = [first[446 + 16 * index : 462 + 16 * index] for index in range(4)]
+    return (
+        first[510:] == b"\x55\xaa"
+        and all(each[0] in (0, 0x80) for each in entries)
+        and any(each[4] for each in entries)
+    )
 
 
 class _Copy:

@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,13 +82,20 @@ def _bytes(path: Path, most: int) -> bytes:
     return data
 
 
-def packs_in(folder: Path, again: bool = False) -> tuple[Pack, ...]:
-    """The packs below `folder` in the order of their names that no card has yet; `again`: all.  Raises: PackError."""
+def packs_in(folder: Path, again: bool = False, without: Container[str] = ()) -> tuple[Pack, ...]:
+    """The packs below `folder` in the order of their names that no card has yet; `again`: also others; never those `without`.
+
+    Raises: PackError.
+    """
     try:
         found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
         raise PackError(f"{folder} cannot be read ({error.strerror}): give the folder that holds the packs") from None
-    return tuple(read_pack(folder / name) for name in found if again or not (folder / name / MARK).exists())
+    return tuple(
+        read_pack(folder / name)
+        for name in found
+        if name not in without and (again or not (folder / name / MARK).exists())
+    )
 
 
 def check_unused(pack: Pack) -> None:

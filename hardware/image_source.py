@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hardware.image_errors import ImageError, ImageTooLarge
+from hardware.program import ProgramError
 from hardware.xz_zst_size import xz_bytes, zstd_bytes
 
 RAW, XZ, ZSTD, GZIP = "raw", "xz", "zstd", "gzip"
@@ -58,7 +59,7 @@ class ImageSource:
 
     @contextmanager
     def stream(self) -> Iterator[ImageStream]:
-        """Raises: ImageError, OSError."""
+        """Raises: ImageError, ProgramError, OSError."""
         with _plain(self.path) as file:
             now = os.fstat(file.fileno())
             if (now.st_size, now.st_mtime_ns) != (self.file_bytes, self.changed_ns):
@@ -158,10 +159,19 @@ def _unpacked(kind: str, file):
     if kind == GZIP:
         return gzip.GzipFile(fileobj=file, mode="rb")  # reads member after member and checks each one's checksum
     if kind == ZSTD:
-        import zstandard
-
-        return zstandard.ZstdDecompressor().stream_reader(file, read_size=READ_BYTES, read_across_frames=True)
+        return _zstandard().ZstdDecompressor().stream_reader(file, read_size=READ_BYTES, read_across_frames=True)
     raise AssertionError(kind)
+
+
+def _zstandard():
+    """Raises: ProgramError where the package is not installed."""
+    try:
+        import zstandard
+    except ModuleNotFoundError:
+        raise ProgramError(
+            "zstandard, which unpacks .zst, is not installed: pip install 'spacemoe-kit[hardware]', or unpack by `zstd -d`"
+        ) from None
+    return zstandard
 
 
 class _Xz:
@@ -207,7 +217,8 @@ def _damaged(path: Path, given: int, error: Exception) -> ImageError:
 def look(path: Path, most_bytes: int | None = None, progress: Progress | None = None) -> ImageSource:
     """What kind of image `path` is and how many raw bytes it has. `most_bytes`: what the largest card holds.
 
-    Raises: ImageError; ImageTooLarge, where reading through can stop as soon as it is more than that.
+    Raises: ImageError; ImageTooLarge, where reading through can stop as soon as it is more than that; ProgramError for a .zst that
+    nothing here unpacks.
     """
     with _plain(path) as file:
         size, changed_ns = os.fstat(file.fileno()).st_size, os.fstat(file.fileno()).st_mtime_ns
@@ -222,8 +233,7 @@ def look(path: Path, most_bytes: int | None = None, progress: Progress | None = 
         if kind == XZ:
             count = xz_bytes(file, size, path)
         elif kind == ZSTD:
-            import zstandard  # noqa: F401 - where it is missing, that is said before a card is touched
-
+            _zstandard()  # where it is missing, that is said before a card is touched
             count = zstd_bytes(file, size, path)
         if count is None or kind == GZIP:
             file.seek(0)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -21,9 +22,10 @@ from node_rig import WAIT_S, Observer, agent_tables, toml
 from test_delivery_frames import Node
 from test_signatures import trusting
 
-from ground_station import agent_update, bundle_sign
+from ground_station import agent_update, bundle_sign, cli
 from ground_station.broker import Broker
 from ground_station.delivery import Deliverer, DeliveryRefused
+from ground_station.fleet_records import FleetFolder, NodeRecord, Ports
 from ground_station.link import Link
 from node_agent import agent_slots, launcher
 from node_agent.agent_slots import PackageError, Slots
@@ -200,6 +202,34 @@ def test_bombs_and_damaged_zips_are_refused(tmp_path, monkeypatch):
     assert slots.state().trial == "a"
 
 
+@pytest.mark.parametrize("what", ["deflate", "lzma", "bzip2", "damaged lzma", "encrypted"])
+def test_a_package_packed_otherwise_or_damaged_is_one_error_at_both_ends(tmp_path, what):
+    method = {"bzip2": zipfile.ZIP_BZIP2, "lzma": zipfile.ZIP_LZMA, "damaged lzma": zipfile.ZIP_LZMA}
+    path, beside = tmp_path / "p.zip", tmp_path / "p.zip.sig"
+    beside.write_bytes(bytes(64))
+    with zipfile.ZipFile(path, "w", method.get(what, zipfile.ZIP_DEFLATED)) as archive:
+        for name, data in (("package.json", json.dumps(NOTE)), ("node_agent/cli.py", "")):
+            archive.writestr(name, data)
+    slots = Slots(tmp_path / "slots", SHIPPED)
+    good, at = path.read_bytes(), 30 + len("package.json")
+    if what == "deflate":
+        assert agent_update.read(path).offer.name == "x" and slots.install(path, "ab" * 32) == "a"  # control
+    bad = {
+        "deflate": good[:at] + b"\xff" * 20 + good[at + 20 :],
+        "damaged lzma": good[:at] + b"\xff" * 20 + good[at + 20 :],
+    }
+    if what == "encrypted":
+        central = good.index(b"PK\x01\x02")
+        bad[what] = good[:6] + b"\x01" + good[7 : central + 8] + b"\x01" + good[central + 9 :]
+    path.write_bytes(bad.get(what, good))
+    state = slots.state()
+    with pytest.raises(agent_update.PackageFileError, match="p.zip is no package") as one:
+        agent_update.read(path)
+    with pytest.raises(PackageError, match="the package") as two:
+        slots.install(path, "cd" * 32)
+    assert "\n" not in str(one.value) + str(two.value) and slots.state() == state
+
+
 # ------------------------------------------------------------ what a node takes
 
 
@@ -320,6 +350,44 @@ def test_a_trial_is_good_after_a_while_without_a_break_and_ends_without(tmp_path
             time.sleep(0.02)
     assert (slots.state().current, ended.is_set()) == (("a", False) if good else (SHIPPED, True))
     assert news[-1][0] == ("info" if good else "critical")
+
+
+# ------------------------------------------------------------ the command
+
+
+def test_the_command_names_the_next_step_and_waits_for_no_node_that_cannot_answer(tmp_path, capsys):
+    lab, file = tmp_path / "lab", tmp_path / "agent.zip"
+    folder = FleetFolder.create(lab, "lab", ["ground.local"])
+    assert cli.main(["update", "--make", str(file), "--dir", str(lab)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"next: spacemoe update NODE --package {file} --dir {lab}" in out
+    for state, says in (
+        ("new", "sat-1 has not enrolled yet"),
+        ("revoked", "fleet add sat-1 --board pi4 --again"),
+        ("quarantined", "fleet release sat-1"),
+    ):
+        with folder.locked():
+            folder.write(NodeRecord("sat-1", "pi4", state))
+        assert cli.main(["update", "sat-1", "--package", str(file), "--dir", str(lab)]) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_a_refusal_names_the_node_once(tmp_path, capsys, monkeypatch):
+    lab, file = tmp_path / "lab", tmp_path / "agent.zip"
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
+        ports = Ports(data=one.getsockname()[1], delivery=two.getsockname()[1])
+    folder = FleetFolder.create(lab, "lab", ["ground.local"], ports)
+    assert cli.main(["update", "--make", str(file), "--dir", str(lab)]) == 0
+    with folder.locked():
+        folder.write(NodeRecord("sat-1", "pi4", "enrolled"))
+
+    def refuse(self, node, *_):
+        raise DeliveryRefused(node, "other", "why")
+
+    monkeypatch.setattr(Deliverer, "update", refuse)
+    capsys.readouterr()
+    assert cli.main(["update", "sat-1", "--package", str(file), "--dir", str(lab)]) == 3
+    assert capsys.readouterr().out == "sat-1 refuses (other): why\n"
 
 
 # ------------------------------------------------------------ real processes

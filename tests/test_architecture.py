@@ -80,6 +80,7 @@ COMPOSITION_ROOTS = (
     "ground_station.cli_boards",
     "ground_station.cli_customize",
     "ground_station.cli_flash",
+    "ground_station.cli_fleet",
     "ground_station.cli_image",
     "ground_station.cli_models",
 )

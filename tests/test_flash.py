@@ -23,6 +23,7 @@ import pytest
 from conftest import lacking
 
 from ground_station import cli, cli_flash
+from ground_station.fleet_records import FleetFolder
 from hardware import block_devices, bmap, flash, flash_card, flash_front, flash_pack, image_source
 from hardware.block_devices import DiskError, Rules
 from hardware.flash import HEAD_BYTES, DigestError, Job, Target
@@ -68,6 +69,7 @@ def image(tmp_path_factory) -> Path:
         file.write(os.urandom(256 * 1024) + block * 1216)
         file.seek(HOLE_END)
         file.write(block * 592 + os.urandom(MB // 2) + block * 48)
+    program("sfdisk", "-q", path, input=b"label: dos\nstart=2048,type=83\n")
     assert path.stat().st_size == IMAGE_BYTES
     return path
 
@@ -374,7 +376,7 @@ def test_a_too_large_image_is_refused_before_a_byte_is_written(kind, image, pack
     card = tmp_path / "card"
     card.write_bytes(b"\xff" * (IMAGE_BYTES - 512))
     os.utime(card, ns=(1, 1))
-    code, out, error = run(capsys, path, "--to-file", card)
+    code, out, error = run(capsys, path, "--to-file", card, "--force")
     assert code == 2 and "does not fit" in error and error.count("\n") == 1 and out == ""
     assert card.stat().st_mtime_ns == 1 and card.read_bytes() == b"\xff" * (IMAGE_BYTES - 512)
     with pytest.raises(ImageTooLarge):  # the writer refuses by itself, too
@@ -382,7 +384,7 @@ def test_a_too_large_image_is_refused_before_a_byte_is_written(kind, image, pack
     assert card.stat().st_mtime_ns == 1
     if kind == "raw":  # control: 512 bytes more, and it fits
         card.write_bytes(bytes(IMAGE_BYTES))
-        assert run(capsys, path, "--to-file", card)[0] == 0 and same(image, card)
+        assert run(capsys, path, "--to-file", card, "--force")[0] == 0 and same(image, card)
 
 
 @pytest.mark.parametrize("kind", ("xz", "zst", "zst-pipe", "gz-two"))
@@ -448,14 +450,14 @@ def test_the_sha256_beside_an_image_is_compared(image, packed, tmp_path, capsys)
     card, sidecar = tmp_path / "card", tmp_path / (path.name + ".sha256")
     for target in (path, image):  # sha256sum's own lines: of the file as it lies there, or of the raw image
         sidecar.write_text(program("sha256sum", target.name, cwd=target.parent))
-        assert run(capsys, path, "--to-file", card)[0] == 0
+        assert run(capsys, path, "--to-file", card, "--force")[0] == 0
     sidecar.write_text(sidecar.read_text().replace(image.name, "other.img"))
-    code, _, error = run(capsys, path, "--to-file", card)
+    code, _, error = run(capsys, path, "--to-file", card, "--force")
     assert code == 2 and "0 checksums" in error and not unbootable(card)  # refused before a byte
     sidecar.unlink()
-    code, _, error = run(capsys, path, "--to-file", card, "--sha256", "0" * 64)
+    code, _, error = run(capsys, path, "--to-file", card, "--force", "--sha256", "0" * 64)
     assert code == 3 and "as announced" in error and unbootable(card)
-    assert run(capsys, path, "--to-file", card, "--sha256", "f00")[0] == 2
+    assert run(capsys, path, "--to-file", card, "--force", "--sha256", "f00")[0] == 2
 
 
 # writing and reading back
@@ -521,7 +523,7 @@ def test_a_signal_leaves_a_card_that_does_not_boot(tmp_path):
     try:
         for number in wanted:
             card = tmp_path / number.name
-            command = [sys.executable, "-m", "ground_station.cli", "flash", path, "--to-file", card]
+            command = [sys.executable, "-m", "ground_station.cli", "flash", path, "--to-file", card, "--force"]
             children[number] = subprocess.Popen(
                 command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
             )
@@ -697,6 +699,10 @@ def test_a_damaged_block_map_is_refused(mapped):
         (b"", "no XML"),
         (b"<bmap/>", "no block map of version"),
         (b"<!DOCTYPE x>" + raw, "document type"),
+        ("<?xml version='1.0' encoding='utf-16'?><!DOCTYPE x><x/>".encode("utf-16"), "document type"),
+        (b"<bmap>" * 1_000_000, "nested deeper"),
+        (b"<bmap " + b" ".join(b'a%d=""' % each for each in range(700_000)) + b"/>", "a tag or text of over"),
+        (b"<bmap>" + b"<a/>" * 1_500_000, "over 200000 elements"),
     ):
         with pytest.raises(ImageError, match=says):
             bmap.parse(wrong)
@@ -720,10 +726,83 @@ def test_each_card_becomes_its_node(start, fat_image, tmp_path, capsys):
         assert program("mcopy", "-n", "-i", where, "::/spacemoe/claim", "-") == TOKEN + "\n"
         assert "claim" not in program("mdir", "-b", "-i", f"{path}@@{start}", "::/")  # control
         assert same(path, card, f"--bytes={start}")
-    assert run(capsys, path, "--packs", packs, "--to-file", cards[0])[0] == 2  # none is left
-    code, _, error = run(capsys, path, "--pack", packs / "sat-1", "--to-file", cards[0])
+    code, _, error = run(capsys, path, "--packs", packs, "--to-file", cards[0], "--force")
+    assert code == 2 and "0 unused packs" in error
+    code, _, error = run(capsys, path, "--pack", packs / "sat-1", "--to-file", cards[0], "--force")
     assert code == 2 and "its claim works once" in error
-    assert run(capsys, path, "--pack", packs / "sat-1", "--to-file", cards[0], "--again")[0] == 0
+    assert f"on {cards[0]} (virtual card) at" in error
+    assert run(capsys, path, "--pack", packs / "sat-1", "--to-file", cards[0], "--again", "--force")[0] == 0
+
+
+def test_packs_of_nodes_that_have_enrolled_or_are_revoked_are_left_out(fat_image, tmp_path, capsys):
+    """The packs and records are those that the commands make; only the state of sat-1 is set as a claim leaves it."""
+    path, lab, card = fat_image(FAT_START), tmp_path / "lab", tmp_path / "card"
+    folder = FleetFolder.create(lab, "lab", ["ground.local"])
+    for node in ("sat-1", "sat-2", "sat-3"):
+        assert cli.main(["fleet", "add", node, "--board", "pi4", "--dir", str(lab)]) == 0
+    with folder.change("sat-1") as record:
+        folder.write(dataclasses.replace(record, state="enrolled", token_sha256=""))
+    claim = (lab / "packs/sat-2/claim").read_text()
+    assert cli.main(["fleet", "revoke", "sat-2", "--dir", str(lab), "--yes"]) == 0
+    assert not (lab / "packs/sat-2").exists() and (lab / "packs/sat-3/claim").exists()
+    capsys.readouterr()
+    code, out, error = run(capsys, path, "--packs", lab / "packs", "--to-file", card)
+    assert code == 0 and "sat-3 of lab" in out and "sat-1 of lab" not in out
+    said = " ".join(error.split())
+    assert f"left out: sat-1 has enrolled: `spacemoe fleet add sat-1 --board pi4 --again --dir {lab}`" in said
+    code, _, error = run(capsys, path, "--packs", lab / "packs", "--again", "--to-file", card, "--force")
+    assert code == 0  # sat-3's, a second time; control for what follows
+    (lab / "packs/sat-3").rename(tmp_path / "sat-3")
+    code, _, error = run(capsys, path, "--packs", lab / "packs", "--again", "--to-file", card, "--force")
+    assert code == 2 and "0 unused packs" in error
+    code, _, error = run(capsys, path, "--pack", lab / "packs/sat-1", "--to-file", card, "--force")
+    assert code == 2 and "sat-1 has enrolled: `spacemoe fleet add" in error
+    assert run(capsys, path, "--pack", lab / "packs/sat-1", "--again", "--to-file", card, "--force")[0] == 0
+    (lab / "packs/sat-2").mkdir()  # a pack that was put back, as from a backup
+    for name, text in (("claim", claim), ("ca.pem", "x"), ("spacemoe.toml", "[node]")):
+        (lab / "packs/sat-2" / name).write_text(text)
+    code, _, error = run(capsys, path, "--pack", lab / "packs/sat-2", "--to-file", card, "--force")
+    assert code == 2 and "sat-2 is revoked: `spacemoe fleet add" in error
+
+
+def test_another_name_of_the_image_is_refused_and_a_virtual_card_is_its_owners_alone(image, tmp_path, capsys):
+    own, other, card = tmp_path / "own.img", tmp_path / "other", tmp_path / "card"
+    shutil.copyfile(image, own)
+    os.link(own, other)
+    before = own.read_bytes()
+    code, _, error = run(capsys, own, "--to-file", other, "--force")
+    assert code == 2 and "is the image itself" in error and own.read_bytes() == before
+    other.unlink()
+    card.write_bytes(b"")
+    card.chmod(0o644)
+    assert run(capsys, own, "--to-file", card)[0] == 0 and same(own, card)
+    assert card.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_file_that_is_there_and_an_image_without_a_table_need_force(image, tmp_path, capsys):
+    card, bare = tmp_path / "card", tmp_path / "bare.img"
+    card.write_bytes(b"\xff" * IMAGE_BYTES)
+    code, _, error = run(capsys, image, "--to-file", card)
+    assert code == 2 and "exists and would be written over" in error and "--force" in error
+    assert card.read_bytes() == b"\xff" * IMAGE_BYTES
+    assert run(capsys, image, "--to-file", card, "--no-bmap", "--force")[0] == 0 and same(image, card)
+    card.write_bytes(b"")  # as mktemp leaves it: nothing is lost
+    assert run(capsys, image, "--to-file", card, "--no-bmap")[0] == 0 and same(image, card)
+    with open(bare, "wb") as file:
+        file.truncate(MB)
+    program("mkfs.vfat", "-F", "12", bare)  # has 55 AA, and boot code where a table would be
+    for data in (bare.read_bytes(), os.urandom(510) + bytes(2), bytes(510) + b"\x55\xaa"):
+        bare.write_bytes(data + bytes(MB - len(data)))
+        code, _, error = run(capsys, bare, "--to-file", tmp_path / "new")
+        assert code == 2 and "has no partition table" in error and not (tmp_path / "new").exists()
+    assert run(capsys, bare, "--to-file", tmp_path / "new", "--force")[0] == 0
+
+
+def test_a_missing_zstandard_is_named_with_what_brings_it(packed, tmp_path, capsys, monkeypatch):
+    path = packed("zst", tmp_path)
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    code, _, error = run(capsys, path, "--to-file", tmp_path / "card")
+    assert code == 1 and "pip install 'spacemoe-kit[hardware]'" in error and not (tmp_path / "card").exists()
 
 
 def test_a_card_that_does_not_take_its_pack_does_not_boot(fat_image, tmp_path, capsys):
@@ -742,7 +821,7 @@ def test_a_card_that_does_not_take_its_pack_does_not_boot(fat_image, tmp_path, c
 
 def test_a_pack_that_cannot_be_used_is_refused_before_a_byte_is_written(image, fat_image, tmp_path, capsys):
     card, good = tmp_path / "card", pack(tmp_path / "packs")
-    assert "no partition table" in run(capsys, image, "--pack", good, "--to-file", card)[2]
+    assert "has no FAT partition" in run(capsys, image, "--pack", good, "--to-file", card)[2]
     path = fat_image(FAT_START)
     other = tmp_path / "other"
     for name, text, says in (

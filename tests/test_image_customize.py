@@ -239,7 +239,12 @@ def test_unknown_bases_are_refused_with_what_was_found(tmp_path, refused):
     text = refused(
         base_image(tmp_path / "raspios-trixie.img", dataclasses.replace(LAYOUTS["spacemoe"], release=alpine, files={}))
     )
-    assert "no base image that is known" in text and "Alpine Linux v3.20" in text and "FAT 'SPACEMOE'" in text
+    assert (
+        "no base image that is known" in text
+        and "take one of: Raspberry Pi OS" in text
+        and "Alpine Linux v3.20" in text
+        and "FAT 'SPACEMOE'" in text
+    )
     (tmp_path / "raspios-trixie.img").unlink()
     old = dataclasses.replace(LAYOUTS["raspios-bookworm"], python="3.9")
     assert "Python 3.9" in refused(base_image(tmp_path / "old.img", old))
@@ -296,7 +301,8 @@ def test_damaged_containers_are_refused(tmp_path, bases, refused):
     overlong = harmed(bases("spacemoe"), tmp_path, (446 + 16 + 12, struct.pack("<I", 1 << 30)))
     assert "outside the file" in refused(overlong)
     bad.write_bytes(os.urandom(MIB))
-    assert "no disk image" in refused(bad)
+    text = refused(bad)
+    assert "no disk image" in text and "take one of: Raspberry Pi OS" in text
     bad.write_bytes(b"")
     assert "empty" in refused(bad)
     packed = tmp_path / "base.img.xz"
@@ -344,6 +350,19 @@ def test_an_interrupt_leaves_nothing(at, bases, tmp_path, pack):
         )
     assert re.match({0: "copying", 4: "checking", 6: "compressing"}[at], seen[-1])
     assert [path.name for path in tmp_path.iterdir()] == ["pack"]
+
+
+def test_a_dry_run_reads_a_raw_base_where_it_is(bases, tmp_path, pack, monkeypatch):
+    base, shown = bases("raspios-bookworm"), []
+    before = digest(base)
+    monkeypatch.setattr(customize.sparse_copy, "unpack", lambda *_: 1 / 0)
+    report = customize.customize(
+        base, pack, tmp_path / "out.img", Settings(dry_run=True), small_payload, no_packages, shown.append
+    )
+    assert report.output is None and report.image_bytes == base.stat().st_size and "where they are" in shown[0]
+    assert digest(base) == before and [path.name for path in tmp_path.iterdir()] == ["pack"]
+    with pytest.raises(ZeroDivisionError):  # control: what is to be written is copied
+        made(base, pack, tmp_path / "out.img")
 
 
 def test_the_command(bases, tmp_path, pack, capsys):

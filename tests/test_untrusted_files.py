@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
+import shutil
+import signal
 import struct
 import zipfile
 from dataclasses import replace
@@ -15,12 +19,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from firmware_sim import scenario
-from ground_station import contacts, evaluate, experiment, plan_fleet, rates
+from ground_station import (
+    cli_models,
+    cli_shared,
+    contacts,
+    evaluate,
+    experiment,
+    plan_fleet,
+    rates,
+    text_stream,
+    up,
+)
 from ground_station.cli import main
 from ground_station.dispatch import Table
+from ground_station.fleet import NodeState
+from ground_station.fleet_records import FleetFolder
 from ground_station.placement import PlacementError, round_robin
 from ground_station.selection_world import Calibration, CalibrationUnusable, World
-from node_agent import config, npz_file, shard, toml_file
+from node_agent import config, npz_file, shard, toml_file, wire
 from node_agent.errors import ConfigError
 
 BUNDLE = Path(evaluate.__file__).parents[1] / "quantize" / "reference" / "bundle"
@@ -255,6 +271,88 @@ def test_an_error_that_quotes_a_file_moves_no_terminal(tmp_path, capsys):
     assert main(["plan", str(BUNDLE), "--nodes", str(path)]) == 2
     error = capsys.readouterr().err
     assert error.endswith("\n") and error[:-1].isprintable() and "\\x1b]0;owned" in error
+
+
+def test_what_a_board_says_of_itself_moves_no_terminal_and_fills_none():
+    """As `up` and `generate` print it: escapes are spelled out, texts are cut, and printable text comes through as it is."""
+    escape = "x\x1b]0;owned\x07\n\x9b2J\u202e"
+    birth = wire.Birth("n1", 0, "1", escape + "b" * 250_000, 0.0, (), (), "", 1, "")
+    event = wire.Event("n1", 0.0, "warning", escape, "t" * 250_000)
+    status = wire.Status("n1", "online", 0)
+    after = {"n1": NodeState("n1", birth, status, events=(event,), proven=True)}
+    lines = up.changes({}, after)
+    assert len(lines) == 2 and all(len(line) < 1000 for line in lines)
+    for line in lines:
+        text = cli_shared.wrapped(line)
+        assert text.replace("\n", "").isprintable() and "\\x1b]0;owned\\x07" in text
+    assert len(cli_shared.plain("z" * 250_000)) < cli_shared.MAX_CHARACTERS + 50
+    assert cli_shared.wrapped("  25 °C, größer, 東京") == "  25 °C, größer, 東京"  # control
+
+
+def test_generated_text_keeps_its_newlines_and_joiners_and_no_escapes(capsys):
+    text_stream.show("a\n\x1b[2J\r\x9b\x07\tb\u202e")
+    assert capsys.readouterr().out == "a\n\\x1b[2J\\r\\x9b\\x07 b\\u202e"
+    text_stream.show(joined := "نمی\u200cخواهم 👩\u200d🚀\u00a0!\n")
+    assert capsys.readouterr().out == joined  # control
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device: free space on the disk"),
+        (
+            OSError(errno.EROFS, os.strerror(errno.EROFS), "/x/y"),
+            "/x/y: Read-only file system: choose a folder that may be",
+        ),
+        (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/x/y"), "/x/y: Permission denied: choose a folder"),
+        (
+            OSError(errno.EACCES, "port 123 is for root: give --time-port 0"),
+            "port 123 is for root: give --time-port 0\n",
+        ),
+    ],
+)
+def test_an_error_of_the_system_names_the_path_and_the_next_step(monkeypatch, capsys, error, says):
+    def fails(args):
+        raise error
+
+    monkeypatch.setattr(cli_models, "_bundle_show", fails)
+    assert main(["bundle", "show", str(BUNDLE)]) == 1
+    assert says in capsys.readouterr().err
+
+
+def test_a_full_disk_names_the_file_that_was_written(tmp_path):
+    for code, named in ((errno.ENOSPC, str(tmp_path / "x")), (errno.ECONNRESET, None)):
+        with pytest.raises(OSError) as caught, shard.atomic_file(tmp_path / "x"):
+            raise OSError(code, os.strerror(code))  # as a write does
+        assert caught.value.filename == named and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("part", [["show"], ["verify"], ["sign", "--dir", "FLEET"]])
+def test_a_bundle_with_a_pipe_in_it_is_refused_and_not_waited_for(tmp_path, capsys, part):
+    FleetFolder.create(tmp_path / "fleet", "lab", ["ground.local"])
+    part = [str(tmp_path / "fleet") if each == "FLEET" else each for each in part]
+    root = tmp_path / "bundle"
+    shutil.copytree(BUNDLE, root)
+    assert main(["bundle", part[0], str(root), *part[1:]]) == 0  # control
+    (root / shard.MANIFEST).unlink()
+    os.mkfifo(root / shard.MANIFEST)
+    capsys.readouterr()
+
+    def late(*_: object) -> None:
+        raise AssertionError("waited for a pipe")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(10)
+    try:
+        assert main(["bundle", part[0], str(root), *part[1:]]) == 2
+        os.mkfifo(root / "pipe")
+        with pytest.raises(shard.BundleError, match="no plain file"):
+            shard.verify_file(root, shard.FileEntry("pipe", 0, "ab"))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    error = capsys.readouterr().err
+    assert "manifest.json is no plain file" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
