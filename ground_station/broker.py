@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import getpass
 import ipaddress
 import logging
@@ -46,6 +47,8 @@ PORTS = range(20_000, 32_000)  # below what Linux takes for outgoing connections
 # Room for the largest control message with its topic and properties.
 MAX_PACKET_BYTES = wire.MAX_MESSAGE_BYTES + 64 * 1024
 MAX_CLIENTS = 1000
+# What may wait for one client: the retained state of MAX_CLIENTS nodes, of 32 KiB each, comes at once to a ground station that connects.
+MAX_QUEUED_BYTES = 32 * 1024 * 1024
 START_TIMEOUT_S = 15.0
 STOP_TIMEOUT_S = 5.0
 _PR_SET_PDEATHSIG = 1
@@ -78,7 +81,10 @@ def common_config(folder: Path) -> list[str]:
         "set_tcp_nodelay true",
         "max_inflight_messages 200",
         "max_queued_messages 10000",
+        f"max_queued_bytes {MAX_QUEUED_BYTES}",
         f"max_packet_size {MAX_PACKET_BYTES}",
+        # No client of the kit keeps a session beyond its connection; one that does shall not hold its queue for ever.
+        "persistent_client_expiration 1h",
         "persistence true",
         f"persistence_location {folder}/",
         "autosave_interval 60",
@@ -193,6 +199,7 @@ class Broker:
             )
         self.folder = Path(run_dir).resolve() / "broker"
         self._child: subprocess.Popen | None = None
+        self._lock: int | None = None
         if external or kind == "external":
             host, colon, number = external.rpartition(":")
             if not (colon and host and number.isdecimal() and 0 < int(number) < 65536):
@@ -205,7 +212,8 @@ class Broker:
         if kind == "embedded" and fleet is not None:
             raise BrokerError("the embedded broker knows no certificates: apt-get install mosquitto for a fleet")
         if kind == "mosquitto" and program is None:
-            raise BrokerError("mosquitto is not installed; apt-get install mosquitto, or use the embedded broker")
+            other = "" if fleet is not None else ", or use the embedded broker"
+            raise BrokerError(f"mosquitto is not installed; apt-get install mosquitto{other}")
         if kind not in ("mosquitto", "embedded"):
             raise AddressError(f"broker {kind[:80]!r} is unknown: use auto, mosquitto, embedded or HOST:PORT")
         self.kind = kind
@@ -229,9 +237,41 @@ class Broker:
             return self
         self.port = self.port or free_port()
         tls = self._tls()
-        self._refuse_taken_port()
+        try:
+            self._take_folder()
+            self._refuse_taken_port()
+            self._launch()
+        except BaseException:
+            self.stop()
+            raise
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline and self.running:
+            if accepts_mqtt5(self.host, self.port, tls=tls):
+                return self
+            time.sleep(0.02)
+        self.stop()
+        raise BrokerError(f"the {self.kind} broker did not start on port {self.port}: {self._last_log_line()}")
+
+    def _take_folder(self) -> None:
+        """A second broker, on another address, would write over the configuration and the rights of the first.  Raises: BrokerError."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if self._lock is None:
+                self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            what = (
+                f"`spacemoe up` runs on {self.fleet.root}"
+                if self.fleet is not None
+                else f"broker runs in {self.folder}"
+            )
+            raise BrokerError(f"another {what}: stop it first") from None
+        except OSError as error:
+            raise BrokerError(f"cannot write {self.folder}: {error.strerror}; choose another run folder") from error
+
+    def _launch(self) -> None:
+        """Raises: BrokerError."""
+        try:
             # iotcore knows the format of its configuration by the suffix.
             config = self.folder / ("mosquitto.conf" if self.kind == "mosquitto" else "rumqttd.toml")
             config.write_text(self._config())
@@ -249,26 +289,21 @@ class Broker:
                 start_new_session=True,
                 env={**os.environ, "PYTHONPATH": path},
             )
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline and self.running:
-            if accepts_mqtt5(self.host, self.port, tls=tls):
-                return self
-            time.sleep(0.02)
-        self.stop()
-        raise BrokerError(f"the {self.kind} broker did not start on port {self.port}: {self._last_log_line()}")
 
     def stop(self) -> None:
         """Stops the child (mosquitto saves its state first); leaves an external broker alone. Safe to call twice."""
         child, self._child = self._child, None
-        if child is None:
-            return
-        child.stdin.close()
-        try:
-            child.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            # The guard is the leader of its own session: this ends it and mosquitto together.
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+        if child is not None:
+            child.stdin.close()
+            try:
+                child.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                # The guard is the leader of its own session: this ends it and mosquitto together.
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            os.close(lock)
 
     def restart(self) -> None:
         """Stops and starts again on the same port.  Raises: BrokerError."""

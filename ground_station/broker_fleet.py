@@ -4,6 +4,8 @@ The client's certificate is its user name (CN). Rights lie in a file of mosquitt
 records at each start and changed by commands while the broker runs (broker_rights.py). Known limits of mosquitto 2.0.11: it checks
 certificates only at the handshake, reads certificates and the list again at SIGHUP (with a new TLS context, so that an old session
 ticket is worth nothing), and lets a disabled client in when its certificate is good; so the list, the rights and the kick go together.
+`max_queued_bytes` holds per client id, and a node may take several; `memory_limit` is not set, since the broker stops answering the
+plugin's commands under it.
 Leaves out: the process (broker.py).
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import socket
 import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 PLUGIN = "mosquitto_dynamic_security.so"
 PLUGIN_FOLDERS = ("/usr/lib/*", "/usr/lib", "/usr/local/lib", "/opt/homebrew/lib")
 RIGHTS_FILE = "dynamic-security.json"
+GROUND_NAME = "localhost"
 
 
 def find_plugin() -> Path:
@@ -84,9 +88,21 @@ def ground_files(fleet: FleetFolder) -> tuple[Path, Path, Path]:
     return fleet.path(CA_CERT), fleet.path(GROUND_CERT), fleet.path(GROUND_KEY)
 
 
+class _GroundContext(ssl.SSLContext):
+    """Asks whoever answers for the ground station's certificate, at whatever address it was dialled.
+
+    `up --bind` takes any address of this machine, also one that is not in the certificate; `localhost` is always in it, and no
+    other certificate of the fleet is one for servers.
+    """
+
+    def wrap_socket(self, sock: socket.socket, *args, server_hostname: str | None = None, **more) -> ssl.SSLSocket:
+        return super().wrap_socket(sock, *args, server_hostname=GROUND_NAME, **more)
+
+
 def client_context(ca: Path, cert: Path, key: Path) -> ssl.SSLContext:
-    """TLS 1.2 or newer with a server of this authority, whose name is checked.  Raises: OSError, ValueError."""
-    context = ssl.create_default_context(cafile=str(ca))
+    """TLS 1.2 or newer with the ground station of this authority.  Raises: OSError, ValueError."""
+    context = _GroundContext(ssl.PROTOCOL_TLS_CLIENT)  # which asks for a certificate and checks its name
+    context.load_verify_locations(str(ca))
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_cert_chain(str(cert), str(key))
     return context

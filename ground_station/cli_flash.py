@@ -65,7 +65,7 @@ def add(commands, command) -> None:
 
 def _flash(args: argparse.Namespace) -> int:
     from ground_station.flash_bars import Bars, counting
-    from hardware import block_devices, bmap, flash, flash_front, image_source
+    from hardware import block_devices, bmap, flash, flash_front, flash_pack, image_source
 
     if not 0 < args.max_card_gb < 1e6:
         raise UsageError(f"--max-card-gb {args.max_card_gb:g} is no number of GB above 0")
@@ -99,20 +99,21 @@ def _flash(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(json.dumps(facts) if args.json else "this was a dry run: nothing was written")
         return EXIT_OK
-    _confirm(args, disks, packs)
-    if _chosen(args.devices, rules) != disks:  # a card may have been changed while the question stood
-        raise UsageError("the disks are not the same any more as when they were shown: start again")
-    try:
-        with Bars(jobs, quiet=args.json) as show:
-            done = flash.flash(plan, announced, show)
-    except flash.DigestError as error:
-        print(f"spacemoe: {error}", file=sys.stderr)
-        return EXIT_CHECK
-    except BaseException as stop:
-        if not isinstance(stop, Exception):  # Ctrl-C, SIGTERM, SIGHUP
-            print("\nwhat was not finished does not boot: start again, there is no resuming", file=sys.stderr)
-        raise
-    return _told(args, facts, done, plan)
+    with flash_pack.taken(filter(None, packs), args.again):
+        _confirm(args, disks, packs)
+        if _chosen(args.devices, rules) != disks:  # a card may have been changed while the question stood
+            raise UsageError("the disks are not the same any more as when they were shown: start again")
+        try:
+            with Bars(jobs, quiet=args.json) as show:
+                done = flash.flash(plan, announced, show)
+        except flash.DigestError as error:
+            print(f"spacemoe: {error}", file=sys.stderr)
+            return EXIT_CHECK
+        except BaseException as stop:
+            if not isinstance(stop, Exception):  # Ctrl-C, SIGTERM, SIGHUP
+                print("\nwhat was not finished does not boot: start again, there is no resuming", file=sys.stderr)
+            raise
+        return _told(args, facts, done, plan)
 
 
 def _chosen(devices: list[str], rules) -> tuple:

@@ -20,6 +20,9 @@ log = logging.getLogger("spacemoe.enrol")
 MAX_CONNECTIONS, MAX_PER_PEER = 64, 16
 CONNECTION_S = 20.0
 """A connection is cut after that long, whatever it is doing."""
+SPEAK_S = 5.0
+"""Who has not finished the TLS handshake and sent the request's first line by then is cut: saying nothing is the cheapest way to
+hold a place."""
 MAX_HEAD_BYTES = 16 * 1024
 MAX_PEERS, FAILURES, FAILURES_S = 1024, 30, 60.0
 
@@ -64,6 +67,7 @@ class BoundedServer(socketserver.TCPServer):
         """`context`: asked for each connection. Raises: OSError when the address is not to be had."""
         self._context, self._connection_s = context, connection_s
         self._open: dict[threading.Thread, list] = {}  # [deadline, peer, socket]
+        self._speak_s = min(SPEAK_S, connection_s)
         self._lock = threading.Lock()
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
@@ -76,7 +80,7 @@ class BoundedServer(socketserver.TCPServer):
             same = sum(each[1] == peer for each in self._open.values())
             full = len(self._open) >= MAX_CONNECTIONS or same >= MAX_PER_PEER
             if not full:
-                self._open[thread] = [time.monotonic() + self._connection_s, peer, request]
+                self._open[thread] = [time.monotonic() + self._speak_s, peer, request]
         if full:
             log.warning(
                 "a connection from %s was closed: %d are open, %d of them from there", peer, len(self._open), same
@@ -112,6 +116,11 @@ class BoundedServer(socketserver.TCPServer):
             self.shutdown_request(request)
             with self._lock:
                 self._open.pop(me, None)
+
+    def spoke(self) -> None:
+        """The connection of this thread has sent its request's first line, and may take the rest of its time."""
+        with self._lock:
+            self._open[threading.current_thread()][0] += self._connection_s - self._speak_s
 
     def service_actions(self) -> None:
         self.cut(time.monotonic())

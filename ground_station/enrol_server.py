@@ -127,6 +127,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         self.handle_one_request()
 
+    def parse_request(self) -> bool:
+        self.server.spoke()
+        return super().parse_request()
+
     def do_GET(self) -> None:
         if self.path != enrolment.CACERTS:
             self._refuse(

@@ -12,6 +12,8 @@ import dataclasses
 import datetime
 import ipaddress
 import logging
+import os
+import ssl
 import time
 from collections.abc import Iterable
 
@@ -94,19 +96,36 @@ def renew_ground(folder: FleetFolder, hosts: Iterable[str] | None = None) -> x50
             .add_extension(_issuer_key(ca), critical=False)
             .sign(ca_key, hashes.SHA256())
         )
-        # whoever reads between the two finds a pair that does not fit, and reads again when the version moves
-        folder.store(fleet_records.GROUND_KEY, _key_pem(key))
+        folder.store(fleet_records.NEXT_GROUND_KEY, _key_pem(key))
         folder.store(fleet_records.GROUND_CERT, _pem(certificate))
+        settle_ground(folder)
         return certificate
 
 
+def settle_ground(folder: FleetFolder) -> None:
+    """Lets the key that waits follow its certificate; leaves one alone whose certificate has not come. Needs no lock.
+
+    Whoever reads between the two renames finds a pair that does not fit, and reads again.
+    """
+    key = folder.path(fleet_records.NEXT_GROUND_KEY)
+    with contextlib.suppress(OSError):  # it does not fit (ssl.SSLError), or another process was quicker
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(folder.path(fleet_records.GROUND_CERT), key)
+        os.replace(key, folder.path(fleet_records.GROUND_KEY))
+
+
 def renew_ground_if_due(folder: FleetFolder, left_days: float = GROUND_DUE_DAYS) -> x509.Certificate | None:
-    """The new certificate where the old one ends within `left_days` or lacks a host, else None.  Raises: FleetFolderError, OSError."""
+    """The new certificate where the old one ends within `left_days`, begins in the future or lacks a host, else None.
+
+    Raises: FleetFolderError, OSError.
+    """
     with folder.locked():
         old = certificate_of(folder, fleet_records.GROUND_CERT)
-        fits = _fits(old, folder)
+        now_utc_s = time.time()
         due_utc_s = old.not_valid_after_utc.timestamp() - left_days * DAY_S
-        return renew_ground(folder) if time.time() >= due_utc_s or not fits else None
+        # made while the clock was ahead; where the clock is before the authority itself, another would not be valid either
+        born_utc_s = certificate_of(folder, fleet_records.CA_CERT).not_valid_before_utc.timestamp()
+        early = born_utc_s <= now_utc_s < old.not_valid_before_utc.timestamp()
+        return renew_ground(folder) if now_utc_s >= due_utc_s or early or not _fits(old, folder) else None
 
 
 def refresh(folder: FleetFolder) -> list[str]:
@@ -165,6 +184,11 @@ def revoked_now(record: NodeRecord, *serials: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*record.revoked_serials, *filter(None, serials))))
 
 
+def held_serials(record: NodeRecord) -> tuple[str, ...]:
+    """The node's certificates whether or not they have run out, which a clock that is ahead could not tell."""
+    return tuple(filter(None, (record.serial, record.previous_serial)))
+
+
 def live_serials(record: NodeRecord, now_utc_s: float) -> tuple[str, ...]:
     """The node's certificates that have not run out."""
     ends = ((record.serial, record.not_after_utc_s), (record.previous_serial, record.previous_not_after_utc_s))
@@ -174,23 +198,18 @@ def live_serials(record: NodeRecord, now_utc_s: float) -> tuple[str, ...]:
 def write_revocations(folder: FleetFolder) -> int:
     """Writes the revocation list anew; how many serials it holds: what the records say, and what stood on it before.
 
-    A serial whose certificate must have run out long ago goes off the list and its record. A damaged record is logged and does not
-    keep the others' revocations waiting.  Raises: FleetFolderError, FleetBusyError, OSError.
+    No serial ever goes off it: a clock that is ahead for a moment would let a stolen board in again when it is set right. A damaged
+    record is logged and does not keep the others' revocations waiting.  Raises: FleetFolderError, FleetBusyError, OSError.
     """
     with folder.locked():
         ca, ca_key = _authority(folder)
         now_utc_s = time.time()
-        since, number = _known_revocations(folder)
-        gone_utc_s = now_utc_s - (fleet_records.MAX_CERTIFICATE_DAYS + 1) * DAY_S
-        listed = {serial: utc_s for serial, utc_s in since.items() if utc_s > gone_utc_s}
+        listed, number = _known_revocations(folder)
         records, damaged = folder.scan()
         for error in damaged:
             log.error("%s", error)
         for record in records.values():
-            kept = tuple(serial for serial in record.revoked_serials if serial in listed or serial not in since)
-            listed |= {serial: listed.get(serial, now_utc_s) for serial in kept}
-            if kept != record.revoked_serials:
-                folder.write(dataclasses.replace(record, revoked_serials=kept))
+            listed |= {serial: listed.get(serial, now_utc_s) for serial in record.revoked_serials}
         builder = (
             x509.CertificateRevocationListBuilder()
             .issuer_name(ca.subject)

@@ -41,11 +41,10 @@ class Standing:
     warning: str
 
 
-def add_node(
+def check_addable(
     folder: FleetFolder, node: str, board: str, valid_days: float = TOKEN_DAYS, again: bool = False
-) -> tuple[NodeRecord, str]:
-    """A new record and its claim token, which is kept nowhere. `again`: a node that is known starts anew, its old token and
-    certificates are dead from now on.  Raises: FleetFolderError, FleetBusyError, OSError."""
+) -> NodeRecord | None:
+    """The record so far of a node that may be added; None: it is new.  Raises: FleetFolderError."""
     check_node(node)
     try:
         wire.check_id(board, "board")
@@ -53,19 +52,27 @@ def add_node(
         raise FleetFolderError(str(error)) from None
     if not 0 < valid_days <= MAX_TOKEN_DAYS:
         raise FleetFolderError(f"a token for {valid_days:g} days: give more than 0 and at most {MAX_TOKEN_DAYS:g}")
+    known = folder.record_path(node).exists()
+    if known and not again:
+        raise FleetFolderError(
+            f"{folder.info.fleet} has a node {node!r}: --again makes a new token for a board that was flashed again; "
+            "its old certificate ends then"
+        )
+    if not known and len(folder.nodes()) >= fleet_records.MAX_NODES:
+        raise FleetFolderError(f"{folder.info.fleet} has {fleet_records.MAX_NODES} nodes: make another fleet")
+    return folder.node(node) if known else None
+
+
+def add_node(
+    folder: FleetFolder, node: str, board: str, valid_days: float = TOKEN_DAYS, again: bool = False
+) -> tuple[NodeRecord, str]:
+    """A new record and its claim token, which is kept nowhere. `again`: a node that is known starts anew, its old token and
+    certificates are dead from now on.  Raises: FleetFolderError, FleetBusyError, OSError."""
     token = secrets.token_urlsafe(TOKEN_BYTES)
     with folder.locked():
         now_utc_s = time.time()
-        known = folder.record_path(node).exists()
-        if known and not again:
-            raise FleetFolderError(
-                f"{folder.info.fleet} has a node {node!r}: --again makes a new token for a board that was flashed again; "
-                "its old certificate ends then"
-            )
-        if not known and len(folder.nodes()) >= fleet_records.MAX_NODES:
-            raise FleetFolderError(f"{folder.info.fleet} has {fleet_records.MAX_NODES} nodes: make another fleet")
-        old = folder.node(node) if known else NodeRecord(node, board)
-        dead = fleet_authority.live_serials(old, now_utc_s)
+        old = check_addable(folder, node, board, valid_days, again) or NodeRecord(node, board)
+        dead = fleet_authority.held_serials(old)
         record = NodeRecord(
             id=node,
             board=board,
@@ -91,7 +98,7 @@ def revoke(folder: FleetFolder, node: str, reason: str = "") -> NodeRecord:
             state="revoked",
             token_sha256="",
             token_expires_utc_s=0.0,
-            revoked_serials=fleet_authority.revoked_now(record, *fleet_authority.live_serials(record, time.time())),
+            revoked_serials=fleet_authority.revoked_now(record, *fleet_authority.held_serials(record)),
             reason=" ".join(reason.split())[:400],
         )
         folder.write(record)

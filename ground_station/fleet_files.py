@@ -22,17 +22,27 @@ class FleetFolderError(ValueError):
     """A fleet folder, a file in it or a name cannot be used; the text says which and what to do."""
 
 
+def unreadable(path: Path | str, error: OSError) -> FleetFolderError:
+    """What to say of a file that is there and cannot be read."""
+    return FleetFolderError(f"{path} cannot be read ({error.strerror}): run as the fleet folder's owner, or restore it")
+
+
 def read_plain(path: Path, limit: int) -> tuple[bytes, int]:
     """Content and mode of a plain file.  Raises: FileNotFoundError, FleetFolderError."""
+    data = b""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            mode = os.fstat(handle).st_mode
+            if stat.S_ISREG(mode):  # Python makes no file of a folder's handle
+                with open(handle, "rb", closefd=False) as file:
+                    data = file.read(limit + 1)
+        finally:
+            os.close(handle)
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise FleetFolderError(f"{path} cannot be read ({error.strerror}): run as the fleet folder's owner") from None
-    with open(handle, "rb") as file:
-        mode = os.fstat(handle).st_mode
-        data = file.read(limit + 1) if stat.S_ISREG(mode) else b""
+        raise unreadable(path, error) from None
     if not stat.S_ISREG(mode) or len(data) > limit:
         raise FleetFolderError(f"{path} is no plain file of at most {limit} bytes: restore it from a backup")
     return data, mode

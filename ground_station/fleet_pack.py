@@ -88,3 +88,22 @@ def write_pack(folder: FleetFolder, record: NodeRecord, token: str, out: Path) -
             os.fchmod(file.fileno(), mode)
             file.write(data)
     return pack
+
+
+def remove_pack(out: Path, node: str) -> str:
+    """Removes the pack OUT/NODE of a node that is revoked, whose claim is worth nothing; what is of no pack stays there.
+
+    The claim goes first. '' when it is gone or was never there, else why it could not be removed.
+    """
+    pack = out / node
+    if pack.is_symlink():
+        return f"{pack} is a link: remove what it points to by hand"
+    try:
+        for name in (enrolment.CLAIM, enrolment.CONFIG, enrolment.CA, enrolment.FLASHED):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                (pack / name).unlink()
+        if pack.is_dir() and not os.listdir(pack):
+            pack.rmdir()
+    except OSError as error:
+        return f"{pack} ({error.strerror}): remove it by hand"
+    return ""

@@ -18,7 +18,7 @@ import typing
 from collections.abc import Hashable, Iterator
 from pathlib import Path
 
-from ground_station.fleet_files import MAX_FILE_BYTES, FleetFolderError, decoded, encoded, read_plain
+from ground_station.fleet_files import MAX_FILE_BYTES, FleetFolderError, decoded, encoded, read_plain, unreadable
 from ground_station.node_record import (
     CERTIFICATE_DAYS,
     MAX_CERTIFICATE_DAYS,
@@ -35,6 +35,8 @@ from node_agent.shard import atomic_file
 
 CA_CERT, CA_KEY = "ca.pem", "ca.key"
 GROUND_CERT, GROUND_KEY = "ground.pem", "ground.key"
+NEXT_GROUND_KEY = "ground.key.next"
+"""Waits there until its certificate is in place: that one's rename is the moment of change."""
 CRL = "crl.pem"
 CURVE_KEY = "curve.key"
 """The ground station's secret data-plane key (Z85)."""
@@ -125,7 +127,12 @@ class FleetFolder:
         for name in FILES:
             if not (path / name).is_file():
                 raise FleetFolderError(f"{path / name} is missing: restore it from a backup of the fleet folder")
-        return cls(path, _info(path / FLEET_FILE))
+        folder = cls(path, _info(path / FLEET_FILE))
+        if folder.path(NEXT_GROUND_KEY).exists():  # a renewal was cut short, or is being made
+            from ground_station import fleet_authority
+
+            fleet_authority.settle_ground(folder)
+        return folder
 
     @property
     def info(self) -> FleetInfo:
@@ -215,7 +222,12 @@ class FleetFolder:
 
     def _record(self, node: str) -> NodeRecord:
         path = f"{self._nodes}/{node}.json"
-        status = os.stat(path)
+        try:
+            status = os.stat(path)
+        except FileNotFoundError:
+            raise
+        except OSError as error:  # links in a circle
+            raise unreadable(path, error) from None
         seen = status.st_ino, status.st_mtime_ns, status.st_size
         known = self._cache.get(node)
         if known is not None and known[0] == seen:

@@ -17,6 +17,8 @@ from node_agent import enrolment, wire
 
 MAX_HOSTS = 32
 CERTIFICATE_DAYS, MAX_CERTIFICATE_DAYS = 90, 397
+MAX_REVOKED_SERIALS = 1024
+"""None is ever forgotten, and that many fit into a record's file; a node that renews without end is stopped far below."""
 _HOST = re.compile(
     r"(?=.{1,253}\Z)[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?(?:\.[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?)*"
 )
@@ -113,7 +115,7 @@ def usable(record: NodeRecord) -> bool:
         record.state in typing.get_args(State)
         and all(_HEX.fullmatch(text) and len(text) <= 64 for text in hexes)
         and len(record.reason) <= 400
-        and len(record.revoked_serials) <= 512
+        and len(record.revoked_serials) <= MAX_REVOKED_SERIALS
     )
 
 
@@ -132,6 +134,10 @@ def checked(info: FleetInfo, where: Any) -> FleetInfo:
     for name, port in dataclasses.asdict(info.ports).items():
         if not 1 <= port <= 65_535:
             raise FleetFolderError(f"{where}: port {name} is {port}: give 1 to 65535")
+    ports = dataclasses.astuple(info.ports)
+    for port in ports:
+        if ports.count(port) > 1:
+            raise FleetFolderError(f"{where}: port {port} is given twice: give each of the four its own")
     if not 1 <= info.certificate_days <= MAX_CERTIFICATE_DAYS:
         raise FleetFolderError(
             f"{where}: certificate_days is {info.certificate_days}: give 1 to {MAX_CERTIFICATE_DAYS}"

@@ -7,13 +7,14 @@ Leaves out: making packs (`spacemoe fleet add`) and what the board does with one
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import re
 import stat
 import tempfile
-from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from collections.abc import Container, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -112,6 +113,27 @@ def check_unused(pack: Pack) -> None:
         f"{pack.folder} was put on {where} and its claim works once: make another pack (`spacemoe fleet add`), or give --again "
         "if that board has never started"
     )
+
+
+@contextmanager
+def taken(packs: Iterable[Pack], again: bool) -> Iterator[None]:
+    """Keeps the packs from every other run until theirs is marked: two cards with one claim would be one dead board.
+
+    Raises: PackError for one that another run has, or has put on a card meanwhile.
+    """
+    with ExitStack() as stack:
+        for pack in packs:
+            handle = os.open(pack.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise PackError(
+                    f"{pack.folder} is being put on a card by another run: wait for it, or give another pack"
+                ) from None
+            if not again:
+                check_unused(pack)
+        yield
 
 
 def mark_used(pack: Pack, card: str, image: str, time_utc: str) -> None:

@@ -453,6 +453,24 @@ def test_who_says_nothing_holds_nobody_up_and_is_cut(folder):
         talks.close()
 
 
+def test_who_does_not_begin_is_cut_long_before_who_does(folder, monkeypatch):
+    monkeypatch.setattr(enrol_connections, "SPEAK_S", 0.5)
+    with EnrolServer(folder, connection_s=3.0) as server:
+        began_s = time.monotonic()
+        quiet, begun, slow = (socket.create_connection(("127.0.0.1", server.port), 5) for _ in range(3))
+        begun, slow = (context(folder).wrap_socket(each, server_hostname="127.0.0.1") for each in (begun, slow))
+        begun.sendall(b"GET /.well-known/est/cacerts HTTP/1.1\r\n")
+        slow.sendall(b"GET /.well-known")  # after the handshake, and no whole line
+        assert quiet.recv(1) == b""
+        with contextlib.suppress(OSError):
+            assert slow.recv(1) == b""
+        assert time.monotonic() - began_s < 2.5
+        begun.sendall(b"\r\n")
+        assert begun.recv(12) == b"HTTP/1.1 200"
+        for each in (quiet, begun, slow):
+            each.close()
+
+
 def test_connections_are_bounded_per_address_and_free_again_afterwards(server):
     silent = [socket.create_connection(("127.0.0.1", server.port), 5) for _ in range(enrol_connections.MAX_PER_PEER)]
     over = socket.create_connection(("127.0.0.1", server.port), 5)

@@ -8,6 +8,7 @@ virtual-machine.json was recorded, the others were written by hand after such ma
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -803,6 +804,18 @@ def test_a_missing_zstandard_is_named_with_what_brings_it(packed, tmp_path, caps
     monkeypatch.setitem(sys.modules, "zstandard", None)
     code, _, error = run(capsys, path, "--to-file", tmp_path / "card")
     assert code == 1 and "pip install 'spacemoe-kit[hardware]'" in error and not (tmp_path / "card").exists()
+
+
+def test_a_pack_that_another_run_has_is_refused(fat_image, tmp_path, capsys):
+    given = pack(tmp_path / "packs")
+    handle = os.open(given, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        code, _, error = run(capsys, fat_image(FAT_START), "--to-file", tmp_path / "card", "--pack", given)
+        assert code == 2 and "another run" in error and not (tmp_path / "card").exists()
+    finally:
+        os.close(handle)
+    assert run(capsys, fat_image(FAT_START), "--to-file", tmp_path / "card", "--pack", given)[0] == 0
 
 
 def test_a_card_that_does_not_take_its_pack_does_not_boot(fat_image, tmp_path, capsys):

@@ -11,6 +11,8 @@ import hashlib
 import os
 import re
 import shutil
+import socket
+import ssl
 import subprocess
 import threading
 import time
@@ -29,7 +31,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from ground_station import broker_fleet, curve_gate, fleet_authority, fleet_changes
 from ground_station.allow_list import AllowList, FleetWatch
-from ground_station.broker import AddressError, Broker, BrokerError, free_port
+from ground_station.broker import MAX_QUEUED_BYTES, AddressError, Broker, BrokerError, accepts_mqtt5, free_port
 from ground_station.broker_rights import Rights, RightsError, changes, initial, node_role
 from ground_station.control import Control, ControlError
 from ground_station.delivery import Deliverer
@@ -422,6 +424,64 @@ def test_what_a_fleet_s_broker_refuses(lab, tmp_path, monkeypatch):
         Broker(tmp_path, "mosquitto", fleet=copy).start()
     with Broker(tmp_path / "with space", "mosquitto", fleet=lab.fleet, bind="0.0.0.0") as broker:
         assert broker.host == "127.0.0.1"
+    with monkeypatch.context() as without:
+        without.setattr("ground_station.broker.find_mosquitto", lambda: None)
+        with pytest.raises(BrokerError, match="apt-get install mosquitto") as told:
+            Broker(tmp_path, "mosquitto", fleet=lab.fleet)
+        assert "embedded" not in str(told.value)
+
+
+def test_the_ground_station_s_own_clients_reach_any_address_of_it_and_a_folder_has_one_broker(lab, tmp_path):
+    with Broker(tmp_path, "mosquitto", fleet=lab.fleet, bind="127.0.0.2") as broker:  # in no certificate
+        config = broker.folder / "mosquitto.conf"
+        before = config.read_bytes()
+        with pytest.raises(BrokerError, match="another `spacemoe up` runs on"):
+            Broker(tmp_path, "mosquitto", fleet=lab.fleet, bind="127.0.0.3").start()
+        assert config.read_bytes() == before and broker.running
+        tls = broker_fleet.ground_files(lab.fleet)
+        with Rights(lab.fleet, broker.host, broker.port), Control("lab", broker.host, broker.port, tls=tls):
+            broker.restart()
+        own = broker_fleet.client_context(*tls)
+        assert accepts_mqtt5(broker.host, broker.port, 5.0, own)
+        for more in ([], ["-verify_hostname", "127.0.0.2"]):  # openssl, which asks for the address, does not take it
+            command = [program("openssl"), "s_client", "-connect", f"127.0.0.2:{broker.port}", "-CAfile", lab.ca]
+            command += ["-cert", lab.ground.cert, "-key", lab.ground.key, "-verify_return_error", *more]
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=WAIT_S)
+            assert (b"hostname mismatch" in done.stderr.lower()) is bool(more)
+    # a server with a certificate of the fleet that is none of the ground station's is not taken for it
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve(papers: Papers) -> None:
+            server.load_cert_chain(papers.cert, papers.key)
+            with contextlib.suppress(OSError):
+                server.wrap_socket(listener.accept()[0], server_side=True).close()
+
+        for papers, good in ((lab.papers["b"], False), (lab.ground, True)):
+            thread = threading.Thread(target=serve, args=(papers,))
+            thread.start()
+            plain = socket.create_connection(listener.getsockname(), 5)
+            with pytest.raises(ssl.SSLCertVerificationError) if not good else contextlib.nullcontext():
+                own.wrap_socket(plain, server_hostname="127.0.0.1").close()
+            plain.close()
+            thread.join()
+
+
+def test_what_waits_for_a_node_that_is_away_is_bounded(lab):
+    node = lab.papers["b"]
+    status, away = f"{ROOT}/node/b/status", ("-i", "b-away", "-x", "3600", "-c")
+    plain = [program("mosquitto_sub"), *lab.arguments(node), "-t", status, *away]
+    assert subprocess.run([*plain, "-E"], capture_output=True, timeout=WAIT_S).returncode == 0
+    sent, text = 160, "x" * 250_000
+    command = [program("mosquitto_pub"), *lab.arguments(node), "-t", status, "-l"]
+    command.remove("-d")
+    done = subprocess.run(command, input=f"{text}\n" * sent, capture_output=True, text=True, timeout=WAIT_S)
+    assert done.returncode == 0, done.stderr
+    plain.remove("-d")
+    done = subprocess.run([*plain, "-F", "%l", "-W", "1"], capture_output=True, text=True, timeout=WAIT_S)
+    held = sum(int(line) for line in done.stdout.split())
+    assert MAX_QUEUED_BYTES / 2 < held < MAX_QUEUED_BYTES + 2 * len(text) < sent * len(text)
+    assert lab.publish(node, f"{ROOT}/node/b/event", "after-the-flood").returncode == 0
     records = {
         "x": NodeRecord("x", "pi5", "revoked"),
         "y": NodeRecord("y", "pi5", "enrolled"),
