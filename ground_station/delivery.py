@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 PATIENCE_S = 30.0  # without any progress, while there is a contact
 OFFER_AGAIN_S = 2.0
 STALL_S = 2.0  # chunks under way and no acknowledgement: offered again
+MAX_DOUBLINGS = 5
 RETRY_S = 0.05
 MAX_POLL_S = 0.1
 TAKEN_AT_ONCE = 256
@@ -145,6 +146,7 @@ class _Sending:
         self.had_bytes: int | None = None
         self.ended = DONE  # or STAGED
         self.sent_bytes = self.offers = 0
+        self.stalls = 0  # how often nothing was heard for so long that the shard was offered again
         self.first_s: float | None = None
         self.arrived_s: float | None = None
         self._made_room: deque[tuple[int, float]] = deque()  # (bytes written in all, when we knew)
@@ -483,7 +485,10 @@ class Deliverer:
             if slot is None:  # for an answer, or for the contact's end; what has left by then may be there after it
                 if now_s >= air.closes_s or (air.spent and upcoming and not sending.under_way):
                     return None
-                if now_s - heard_s > stall_s + (OFFER_AGAIN_S if not sending.under_way else 0.0):
+                allowed_s = stall_s + (OFFER_AGAIN_S if not sending.under_way else 0.0)
+                # a slow board answers an offer that has been given up, and would do so for ever: each time it has longer
+                if now_s - heard_s > allowed_s * 2 ** min(sending.stalls, MAX_DOUBLINGS):
+                    sending.stalls += 1
                     return None
                 wait_s = min(now_s + MAX_POLL_S, air.closes_s, patience.end_s)
                 self._until(node, transfer, air, wait_s, any_answer=True)

@@ -14,7 +14,7 @@ from test_delivery_frames import Node
 from ground_station import delivery
 from ground_station.delivery import Deliverer, DeliveryError
 from node_agent import delivery_frame, shard
-from node_agent.delivery_frame import ACK, CHUNK, OFFER, REFUSED, STATE, Have, Message, Offer, Shard
+from node_agent.delivery_frame import ACK, CHUNK, DONE, OFFER, REFUSED, STATE, Have, Message, Offer, Shard
 
 NOTHING = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"  # sha256 of no bytes
 STEM = "L00E001.fp32"
@@ -114,6 +114,49 @@ def test_a_node_that_answers_and_never_gets_on_is_given_up(bundle, manifest, mon
     made[0].join(5.0)
     assert made[0].offers >= 1
     assert failed and "of L00E001.fp32 and then nothing for 0.5 s" in failed[0]
+
+
+@pytest.mark.parametrize("doublings", [5, 0], ids=["as it is", "without more time, the control"])
+def test_a_slow_board_is_given_more_time_with_each_offer(bundle, manifest, monkeypatch, doublings):
+    """It answers each offer later than the first wait lasts: given no more time, every answer is to an offer that was given up."""
+    monkeypatch.setattr(delivery, "OFFER_AGAIN_S", 0.1)
+    monkeypatch.setattr(delivery, "STALL_S", 0.1)
+    monkeypatch.setattr(delivery, "MAX_DOUBLINGS", doublings)
+    entry = manifest.shard(0, 1, "fp32")
+    got, stopped = {}, threading.Event()
+
+    def board(endpoint):
+        with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+            socket.setsockopt(zmq.IDENTITY, b"n1")
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.connect(endpoint)
+            while not stopped.is_set():
+                if not socket.poll(20):
+                    continue
+                asked = delivery_frame.unpack(socket.recv())
+                if asked.kind == OFFER:
+                    time.sleep(0.5)
+                    (reply,) = empty(asked, entry.files)
+                else:
+                    got[asked.index] = asked.offset + len(asked.body)
+                    reply = Message(ACK, asked.transfer, asked.index, got[asked.index])
+                    if [got.get(index) for index in range(len(entry.files))] == [file.bytes for file in entry.files]:
+                        socket.send(delivery_frame.pack(reply))
+                        reply = Message(DONE, asked.transfer)
+                socket.send(delivery_frame.pack(reply))
+
+    with Deliverer() as deliverer:
+        thread = threading.Thread(target=board, args=(deliverer.endpoint,), daemon=True)
+        thread.start()
+        try:
+            if doublings:
+                assert deliverer.deliver("n1", bundle.root, manifest, entry, patience_s=5.0).total_bytes == entry.bytes
+            else:
+                with pytest.raises(DeliveryError):
+                    deliverer.deliver("n1", bundle.root, manifest, entry, patience_s=2.0)
+        finally:
+            stopped.set()
+            thread.join(5.0)
 
 
 def test_a_node_that_lost_what_it_had_is_waited_for_a_few_times():
