@@ -19,6 +19,7 @@ import zmq
 
 from ground_station.zmtp_router import QueueFull, Unreachable, ZmtpRouter
 from node_agent import frame, wire
+from node_agent.zmtp import CURVE_BYTES
 
 if TYPE_CHECKING:
     from ground_station.allow_list import AllowList
@@ -120,7 +121,7 @@ def open_router(
     }
     try:
         for option, value in (common | options).items():
-            router.setsockopt(option, value)
+            router.setsockopt(option, value + (CURVE_BYTES if option == zmq.MAXMSGSIZE else 0))
         if curve_keys is not None:
             router.curve_publickey, router.curve_secretkey = curve_keys
             router.curve_server = True

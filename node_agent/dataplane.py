@@ -23,7 +23,7 @@ from node_agent.curve_key import own_key
 from node_agent.errors import UnknownExpertError
 from node_agent.experts import Experts
 from node_agent.pacing import Pacer, Request
-from node_agent.zmtp import HandshakeError, OversizedError, ZmtpDealer
+from node_agent.zmtp import CURVE_BYTES, HandshakeError, OversizedError, ZmtpDealer
 
 HELLO_PERIOD_S = 1.0
 HELLO_RETRY_S = 0.1  # while there is no connection
@@ -154,7 +154,7 @@ def open_dealer(
         (zmq.IMMEDIATE, 1),  # nothing is queued for a ground station that is not there
         (zmq.SNDHWM, QUEUE_FRAMES),
         (zmq.RCVHWM, QUEUE_FRAMES),
-        (zmq.MAXMSGSIZE, max_bytes),
+        (zmq.MAXMSGSIZE, max_bytes + CURVE_BYTES),
         (zmq.RECONNECT_IVL, 100),
         (zmq.RECONNECT_IVL_MAX, 1000),
         (zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS),

@@ -12,6 +12,9 @@ import select
 import socket
 import time
 
+CURVE_BYTES = (
+    64  # room in a limit: CurveZMQ (RFC 26) adds 33 bytes to a message, and libzmq measures what is on the wire
+)
 CHUNK_BYTES = 256 * 1024
 STALL_S = 10.0  # a message that has begun must be whole by then
 SEND_S = 10.0

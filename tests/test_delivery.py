@@ -15,8 +15,9 @@ from ground_station.control import Control
 from ground_station.delivery import Deliverer, DeliveryError, DeliveryRefused, NoContact
 from ground_station.delivery_pace import Window
 from ground_station.delivery_route import windows_over
-from ground_station.link import LinkError
+from ground_station.link import LinkError, open_router
 from node_agent import config, delivery_frame, experts, frame, shard
+from node_agent.dataplane import open_dealer
 from node_agent.delivery_frame import HEADER_BYTES, Message, Shard
 from node_agent.errors import ConfigError
 
@@ -167,6 +168,41 @@ def test_over_curve_and_from_no_other_ground_station(bundle, tmp_path):
 
 
 # ------------------------------------------------------------ resumed
+
+
+@pytest.mark.parametrize("over", [0, 1000], ids=["the largest chunk", "more, the control"])
+def test_the_largest_chunk_goes_through_curve(over):
+    """Encrypted it is longer than the limit that both ends set, and libzmq drops a connection for that."""
+    server, client = zmq.curve_keypair(), zmq.curve_keypair()
+    context, router, _ = open_router("tcp://127.0.0.1:*", server, {zmq.MAXMSGSIZE: delivery_frame.MAX_ANSWER_BYTES})
+    endpoint, own = router.getsockopt_string(zmq.LAST_ENDPOINT), zmq.Context()
+    dealer = open_dealer(own, "n1", endpoint, delivery_frame.MAX_FRAME_BYTES, server[0].decode(), client)
+    try:
+        dealer.setsockopt(zmq.RCVTIMEO, 1000 if over else 10_000)
+        end_s = time.monotonic() + 10
+        while not _sent(dealer, b"hello") and time.monotonic() < end_s:
+            pass
+        name, _ = router.recv_multipart()
+        chunk = bytes(delivery_frame.MAX_CHUNK_BYTES + delivery_frame.HEADER_BYTES + over)
+        router.send_multipart((name, chunk))
+        try:
+            came = len(dealer.recv())
+        except zmq.Again:
+            came = 0
+        assert came == (0 if over else delivery_frame.MAX_FRAME_BYTES)
+    finally:
+        router.close()
+        dealer.close()
+        context.term()
+        own.term()
+
+
+def _sent(socket: zmq.Socket, data: bytes) -> bool:
+    try:
+        socket.send(data)
+        return True
+    except zmq.Again:
+        return False
 
 
 def test_after_kill_9_only_what_was_missing_is_sent(bundle, tmp_path):
