@@ -71,7 +71,7 @@ $(TEST_STAMP): $(VENV_STAMP)
 	@touch $@ $(DEMO_STAMP)
 
 # mosquitto: the production broker (without it those tests skip and the embedded broker is tested alone);
-# xz and 7z (PPMd): what the reference model's held-out bits per byte are compared with.
+# mandoc: reads manual pages of the corpus. xz and 7z (PPMd): what the reference model's held-out bits per byte are compared with.
 debian-packages:
 	@missing=""; \
 	PATH="$$PATH:/usr/sbin:/sbin"; \
@@ -79,6 +79,7 @@ debian-packages:
 	command -v mosquitto_pub >/dev/null || missing="$$missing mosquitto-clients"; \
 	command -v xz >/dev/null || missing="$$missing xz-utils"; \
 	command -v 7z >/dev/null || missing="$$missing p7zip-full"; \
+	command -v mandoc >/dev/null || missing="$$missing mandoc"; \
 	command -v bmaptool >/dev/null || missing="$$missing bmap-tools"; \
 	command -v zstd >/dev/null || missing="$$missing zstd"; \
 	command -v openssl >/dev/null || missing="$$missing openssl"; \

@@ -161,6 +161,7 @@ def test_the_file_systems_pass_their_own_checkers(disk, tmp_path):
     listing = run("mdir", "-i", fat, "-/", "-b", "::").stdout.split()
     assert set(listing) == {
         "::/vmlinuz",
+        "::/zeros.bin",
         "::/cmdline.txt",
         "::/spacemoe/",
         "::/spacemoe/spacemoe.toml",

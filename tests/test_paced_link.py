@@ -374,6 +374,7 @@ def test_what_cannot_be_imposed_is_said_at_once(tmp_path):
 
 @pytest.mark.broker
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_demo_over_a_scenarios_links_still_equals_one_process(tmp_path):
     """hot-eclipse at scale 1 and a hundredth of its ground link's rate: in contact all the time, rates that follow the links."""
     text = (SHIPPED / "hot-eclipse.toml").read_text()
