@@ -15,7 +15,7 @@ import pytest
 from conftest import lacking
 from vendor_images import CMDLINE, KEY, LAYOUTS, WLAN, base_image, fat_text, made, make_pack, need_programs
 
-from hardware import first_boot_files
+from hardware import first_boot_files, image_bootstrap
 
 # netplan with its libraries, so that it runs on any release by its own loader
 TRIXIE_PACKAGES = (
@@ -101,8 +101,11 @@ def packages() -> Path:
         here = Path(folder)
         for path in ("lists/partial", "archives/partial", "unpacked"):
             (here / path).mkdir(parents=True, exist_ok=True)
-        keys = "/usr/share/keyrings/debian-archive-keyring.gpg"
-        (here / "sources.list").write_text(f"deb [signed-by={keys}] http://deb.debian.org/debian trixie main\n")
+        try:
+            mirror = image_bootstrap.sources(None)[0]  # the one that this machine's apt is set to
+        except image_bootstrap.MirrorError as error:
+            lacking("cloud-init's schema", str(error))
+        (here / "sources.list").write_text(f"deb [signed-by={mirror.keyring}] {mirror.uri} {mirror.suite} main\n")
         options = {
             "Dir::Etc::SourceList": here / "sources.list",
             "Dir::Etc::SourceParts": "-",
