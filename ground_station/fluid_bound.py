@@ -278,9 +278,13 @@ def _without_states(nodes: tuple[Node, ...], mixes: tuple[Mix, ...], slot_s: flo
 
 # measured, 8 nodes in 96 slots: states take 0.9 s by the interior point and 32 s by the dual simplex, the dense form 0.3 s by the latter
 def _solve(cost, equal, equal_to, upper, upper_to, limits, name: str, method: str = "highs-ds"):
-    result = linprog(cost, upper, upper_to, equal, equal_to, limits, method=method)
-    if result.status == 4 and method == "highs-ipm":  # it may give up where nothing is feasible; the simplex tells
-        result = linprog(cost, upper, upper_to, equal, equal_to, limits, method="highs-ds")
+    # The interior point may give up where nothing is feasible: the simplex tells. Presolve may make a program that neither solves
+    # out of one that both do (HiGHS 1.12, "Not Set", on some processors: it depends on the last bits of the coefficients).
+    for way, presolve in ((method, True), (method, False), ("highs-ds", True), ("highs-ds", False)):
+        options = {"presolve": presolve}
+        result = linprog(cost, upper, upper_to, equal, equal_to, limits, method=way, options=options)
+        if result.status != 4:
+            break
     if result.status == 2:
         raise BoundError(f"no plan meets the limits ({name}): idle power alone is too much for the heat or the battery")
     if result.status != 0:

@@ -7,11 +7,14 @@ Leaves out: static quantization, and everything where the optional packages (ext
 from __future__ import annotations
 
 import tempfile
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
+from onnx import TensorProto, helper
 
 from quantize.expert_graph import expert_model, external_tensors
 
@@ -20,6 +23,24 @@ MIN_EXTERNAL_BYTES = 1024  # scales and zero points of one value stay in the gra
 
 def available() -> bool:
     return find_spec("optimum") is not None and find_spec("transformers") is not None
+
+
+@cache
+def kernels_saturate() -> bool:
+    """Whether ONNX Runtime's products of uint8 and int8 overflow 16 bits on this processor, as on x86-64 with AVX2 or AVX-512 but
+    without VNNI (ONNX Runtime, "Quantize ONNX models", U8S8): what this recipe gives is then worse here than on an Arm board.
+    """
+    k = 64
+    product = helper.make_node("MatMulInteger", ["x", "w"], ["y"])
+    x = helper.make_tensor_value_info("x", TensorProto.UINT8, [1, k])
+    y = helper.make_tensor_value_info("y", TensorProto.INT32, [1, k])
+    weights = onnx.numpy_helper.from_array(np.full((k, k), 127, np.int8), "w")
+    opset = helper.make_opsetid("", 17)
+    model = helper.make_model(
+        helper.make_graph([product], "probe", [x], [y], [weights]), opset_imports=[opset], ir_version=8
+    )
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return bool((session.run(["y"], {"x": np.full((1, k), 255, np.uint8)})[0] != 255 * 127 * k).any())
 
 
 def expert_model_int8dyn(gate_up: np.ndarray, down: np.ndarray, external: str) -> tuple[bytes, bytes]:

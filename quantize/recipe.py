@@ -66,6 +66,8 @@ class Recipe:
         text[DYNAMIC] = (
             "Optimum's AutoQuantizationConfig.arm64: dynamic int8, weights per channel; to be run row by row"
         )
+        if self.calibrated and DYNAMIC in self.precisions and optimum_int8.kernels_saturate():
+            text[DYNAMIC] += "; errors measured on a processor whose 8 bit products saturate: smaller on Arm"
         result = {name: text[name] for name in self.precisions}
         trunk = TRUNK_PRECISIONS[self.trunk_precision]
         if trunk is not None:
