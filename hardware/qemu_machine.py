@@ -34,7 +34,8 @@ class QemuError(RuntimeError):
 
 @dataclass(frozen=True)
 class Kind:
-    """One of QEMU's machines. `network`: its device, which takes a mac= only where the machine has no address of its own."""
+    """One of QEMU's machines. `network`: its device, which takes a mac= only where the machine has no address of its own; `append`: more
+    words for the kernel."""
 
     name: str
     words: tuple[str, ...]
@@ -42,6 +43,7 @@ class Kind:
     network: str
     console: str
     device_tree: str = ""
+    append: str = ""
 
 
 KINDS = {
@@ -59,6 +61,9 @@ KINDS = {
         "usb-net,netdev=net",
         "ttyS1,115200",
         "bcm2837-rpi-3-b.dtb",
+        # QEMU's power management takes the start of the watchdog for a reset that is due now. Two of the four cores: more than
+        # this machine has would wait for each other's locks. The moving lines of systemd go through an emulated serial port.
+        "module_blacklist=bcm2835_wdt maxcpus=2 systemd.show_status=0",
     ),
 }
 
@@ -118,7 +123,8 @@ class Machine:
                 raise QemuError(f"{self.card} has no {name} on its FAT partition: it was built for another board")
             (self.folder / name).write_bytes(data)
         text = (fat.read("/cmdline.txt") or b"").decode("ascii", "replace").strip()
-        self._append = re.sub(r"console=\S+", f"console={self.kind.console}", text)
+        words = (re.sub(r"console=\S+", f"console={self.kind.console}", text), self.kind.append)
+        self._append = " ".join(filter(None, words))
 
     def command(self) -> list[str]:
         words = [
