@@ -15,57 +15,36 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
-
-import numpy as np
 
 from firmware_sim.scenario import Scenario
-from ground_station import demo_links, ledger, live_costs, rates, recording, recording_tape, selection, text_stream
+from ground_station import demo_links, ledger, recording, recording_tape, serving, text_stream
 from ground_station.broker import Broker
 from ground_station.control import Control
-from ground_station.decode import Decoder, TokenCost
+from ground_station.decode import TokenCost
 from ground_station.demo_report import ledger_of, report
 from ground_station.dispatch import Table
 from ground_station.link import Link
 from ground_station.live_prices import Costs
-from ground_station.live_setting import BLIND, policy_of, setting_of
+from ground_station.live_setting import BLIND
 from ground_station.local_fleet import FleetError, LocalFleet, demo_boards
-from ground_station.parity import with_one_process
 from ground_station.placement import round_robin
-from ground_station.price_loop import Chosen, PriceLoop, play
-from ground_station.remote import RemoteExperts
 from ground_station.run_folder import run_folder
-from ground_station.sampling import Sampling
-from ground_station.selection_world import World
-from ground_station.text import Text
 from ground_station.text_stream import Show
-from ground_station.trunk import ContextFull, Trunk
-from node_agent import compress, shard
+from node_agent import shard
 
 __all__ = ["Options", "report", "run"]
 
 JOIN_TIMEOUT_S = 60.0
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(serving.Options):
     """What `spacemoe demo` was asked for."""
 
-    bundle: Path
-    prompt: str = "In the beginning"
-    tokens: int = 64
-    sampling: Sampling = Sampling()
-    precision: str = "int8"
-    replica: str | None = "int4"
-    codec: str = "q8"
-    bits_per_value: float | None = None
-    policy: str = "topk"
-    temp_limit_c: float = 85.0
     nodes: int = 4
     broker: str = "auto"
     keep: Path | None = None
     ledger: Path | None = None
-    parity: bool = True
     scenario: Scenario | None = None
     scenario_source: str = ""  # its TOML, for a recording
     links: bool = False  # the scenario's links are imposed on hidden states
@@ -78,22 +57,9 @@ def run(options: Options, show: Show) -> dict:
 
     Raises: shard.BundleError, FleetError, broker.BrokerError, placement.PlacementError, ValueError for bad options.
     """
-    if options.codec not in compress.CODECS:
-        raise ValueError(f"codec {options.codec!r} is unknown: use one of {', '.join(compress.CODECS)}")
-    if not 0 < options.temp_limit_c < 1000:
-        raise ValueError(f"temperature limit {options.temp_limit_c} °C is not between 0 and 1000")
-    manifest = shard.read_manifest(options.bundle)
     load_average = os.getloadavg()[0]  # before anything of ours runs
-    text = Text(options.bundle, manifest)
-    prompt_ids = ([manifest.bos_id] if manifest.bos_id is not None else []) + text.encode(options.prompt)
-    needed = len(prompt_ids) + options.tokens
-    if needed > manifest.dims.max_context:
-        raise ContextFull(
-            f"prompt and answer need {needed} tokens, {manifest.name} has a context of {manifest.dims.max_context}: "
-            f"ask for at most {max(0, manifest.dims.max_context - len(prompt_ids))}"
-        )
-    policy = policy_of(options.policy, options.sampling.seed, options.bundle, manifest)
-    _allocator(options, manifest)  # a bundle without calibration is told now
+    model = serving.model_of(options)
+    manifest = model.manifest
     if options.ledger is not None:
         _write_ledger(options.ledger, [])  # a path that cannot be written is told now, not after the last token
     if options.record is not None:
@@ -133,37 +99,21 @@ def run(options: Options, show: Show) -> dict:
         fleet = stack.enter_context(
             LocalFleet(run_dir, options.bundle, holdings, link.endpoint, (broker.host, broker.port), "demo", boards)
         )
-        trunk = Trunk(options.bundle, manifest)
         show(f"{len(names)} simulated boards, each a stock node-agent process, load {len(holdings)} shards ...")
         _wait_for_nodes(names, link, control, fleet)
         show(" ready\n\n")
-        remote = RemoteExperts(link, table, options.codec, allocator=_allocator(options, manifest))
-        chosen = Chosen(policy, len(table.nodes))
-        decoder = Decoder(trunk, chosen, remote, manifest.eos_ids)
-        ledger.wait_for_baselines(control, names)  # without it nothing could be told from idling
-        expected = Costs.none(len(table.nodes))
-        if options.policy not in BLIND:
-            show("measuring what a run of an expert costs on each board ...\n\n")
-            expected = live_costs.measure(link, control, table, manifest, options.codec)
+        made = serving.Serving(model, table, link, control, show)
+        remote, chosen = made.remote, made.chosen
         before = ledger.take(control, names)
         course = None if scenario is None else stack.enter_context(scenario_demo.Course(scenario, control, fleet))
         if options.links:
             remote.link = demo_links.impose(link, scenario, course.reach)
-        prices = None
-        if options.policy not in BLIND:
-            orbit = None if scenario is None else scenario_demo.orbit(scenario, tuple(table.nodes))
-            prices = PriceLoop(
-                decoder,
-                chosen,
-                setting_of(table, manifest, expected, options.temp_limit_c, orbit),
-                World.of(table, manifest.dims.experts, expected.joules, expected.ms),
-                control.snapshot,
-                control.now,
-                remote.link.is_up,
-                None if course is None else course.satellites,
-                None if scenario is None else scenario.payload,
-                tape,
-            )
+        if scenario is None or options.policy in BLIND:
+            made.price(tape=tape)
+        else:
+            orbit = scenario_demo.orbit(scenario, tuple(table.nodes))
+            made.price(orbit, course.satellites, scenario.payload, tape)
+        prices = made.prices
         if options.links and remote.allocator is not None:
             demo_links.follow(
                 remote.allocator,
@@ -173,21 +123,7 @@ def run(options: Options, show: Show) -> dict:
                 options.link_ms,
                 lambda: None if prices is None else (prices.state.joule_price, prices.state.byte_price),
             )
-
-        def generate(logits: list[np.ndarray] | None = None) -> Iterator[TokenCost]:
-            return play(
-                decoder,
-                chosen,
-                prompt_ids,
-                options.tokens,
-                options.sampling,
-                prices,
-                tape,
-                lambda: tuple(map(remote.link.is_up, table.nodes)),
-                logits,
-            )
-
-        costs, logits = text_stream.stream(generate, options.prompt, text, show)
+        costs, logits = text_stream.stream(lambda logits: made.generate(logits, tape), options.prompt, model.text, show)
         in_text = (chosen.ran, chosen.rows)
         after = ledger.take(control, names)
         show("\n\n")
@@ -196,61 +132,39 @@ def run(options: Options, show: Show) -> dict:
         parity = None
         if options.parity:
             show("checking against one process with the same partition, codec and grouping ...\n")
-            # prices moved with the temperatures of that moment: the reference repeats the choices
-            again = selection.Replay(chosen.choices)
-            if options.policy in BLIND:
-                again = policy_of(options.policy, options.sampling.seed, options.bundle, manifest)
-            allocator = _allocator(options, manifest)
-            if options.links and remote.allocator is not None:
-                allocator.repeat(remote.allocator.used)
-            parity = with_one_process(
-                options.bundle,
-                manifest,
-                table,
-                trunk,
-                again,
-                options.codec,
-                allocator,
-                prompt_ids,
-                options.sampling,
-                costs,
-                logits,
-            )
+            parity = made.parity(costs, logits, options.links)
         states = control.snapshot()
         if not fleet.simulating:  # the sensor files stand still: what agents read there is not true any more
             states, before = {}, dict.fromkeys(names, ledger.Unknown("the board simulator has ended"))
             show("the board simulator has ended: temperatures, power and joules are unknown\n")
         energy = ledger.of(table.nodes, before, after)
-        result = ledger_of(options, text, costs, energy, remote, table, states, parity, broker.kind)
+        result = ledger_of(options, model.text, costs, energy, remote, table, states, parity, broker.kind)
         result["load_average"] = round(load_average, 2)
         result["cores"] = len(os.sched_getaffinity(0))
         if course is not None:
             result["scenario"] = course.run(
-                lambda: list(generate()), lambda: (control.stop(), link.close()), (broker.host, broker.port), show
+                lambda: list(made.generate(tape=tape)),
+                lambda: (control.stop(), link.close()),
+                (broker.host, broker.port),
+                show,
             )
         result["links"] = None
         if options.links:
             result["links"] = demo_links.part(
                 remote.link, remote.link.ways, remote.out_of_contact, table.nodes, remote.allocator
             )
-        layers = len(manifest.moe_layers)
         result["expert_runs_per_token"] = {
-            "policy": _each(*in_text, layers),
+            "policy": made.runs_per_token(*in_text),
             "policy_under_load": None
             if course is None
-            else _each(chosen.ran - in_text[0], chosen.rows - in_text[1], layers),
-            "topk": layers * manifest.dims.top_k,
+            else made.runs_per_token(chosen.ran - in_text[0], chosen.rows - in_text[1]),
+            "topk": len(manifest.moe_layers) * manifest.dims.top_k,
         }
         result["prices"] = None if prices is None else prices.summary()
         if tape is not None:
-            _record(options, manifest, boards, tape, chosen.choices, expected)
+            _record(options, manifest, boards, tape, chosen.choices, made.costs)
             result["recording"] = str(options.record)
         return result
-
-
-def _each(ran: int, rows: int, layers: int) -> float | None:
-    """Expert runs of a token over all layers."""
-    return round(ran * layers / rows, 3) if rows else None
 
 
 def _record(
@@ -278,10 +192,6 @@ def _record(
         "scenario": options.scenario_source,
     }
     recording.write(options.record, tape, choices, costs, head)
-
-
-def _allocator(options: Options, manifest: shard.Manifest) -> rates.Allocator | None:
-    return rates.for_codec(options.codec, options.bundle, manifest, bits_per_value=options.bits_per_value)
 
 
 def _wait_for_nodes(names: set[str], link: Link, control: Control, fleet: LocalFleet) -> None:

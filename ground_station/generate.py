@@ -10,33 +10,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from ground_station import ledger, live_costs, rates, selection, spot_fleet, text_stream, up
+from ground_station import ledger, serving, spot_fleet, text_stream, up
 from ground_station.allow_list import AllowList
 from ground_station.control import Control, ControlError
-from ground_station.decode import Decoder, TokenCost
 from ground_station.delivery import Deliverer
 from ground_station.demo_report import ledger_of
 from ground_station.dispatch import Table
 from ground_station.fleet_records import FleetFolder
 from ground_station.link import Link
-from ground_station.live_prices import Costs
-from ground_station.live_setting import BLIND, policy_of, setting_of
-from ground_station.parity import with_one_process
 from ground_station.placement import Holding, round_robin
-from ground_station.price_loop import Chosen, PriceLoop, play
-from ground_station.remote import RemoteExperts
-from ground_station.sampling import Sampling
-from ground_station.selection_world import World
-from ground_station.text import Text
 from ground_station.text_stream import Show
-from ground_station.trunk import ContextFull, Trunk
 from node_agent import shard
 from node_agent.delivery_frame import Shard
 from node_agent.wire import Birth
@@ -53,21 +41,11 @@ class BoardsError(RuntimeError):
     """Boards are not there or do not hold what they should; the text names them and the next step."""
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(serving.Options):
     """What `spacemoe generate` was asked for. `nodes` empty: every enrolled node that comes online within `patience_s`."""
 
     folder: Path
-    bundle: Path
-    prompt: str
-    tokens: int = 64
-    sampling: Sampling = Sampling()
-    precision: str = "int8"
-    replica: str | None = "int4"
-    codec: str = "q8"
-    bits_per_value: float | None = None
-    policy: str = "topk"
-    temp_limit_c: float = 85.0
     nodes: tuple[str, ...] = ()
     patience_s: float = 30.0
     bind: str = up.LOOPBACK
@@ -142,14 +120,8 @@ def run(options: Options, show: Show, progress: Progress) -> dict:
     Raises: FleetFolderError, shard.BundleError, BoardsError, DeliveryError, LinkError, ControlError, PlacementError, ValueError.
     """
     folder, load_average = FleetFolder.open(options.folder), os.getloadavg()[0]
-    manifest = shard.read_manifest(options.bundle)
-    text = Text(options.bundle, manifest)
-    prompt_ids = ([manifest.bos_id] if manifest.bos_id is not None else []) + text.encode(options.prompt)
-    if len(prompt_ids) + options.tokens > (room := manifest.dims.max_context):
-        most = max(0, room - len(prompt_ids))
-        raise ContextFull(f"{manifest.name} has a context of {room} tokens: ask for at most {most}")
-    policy = policy_of(options.policy, options.sampling.seed, options.bundle, manifest)
-    _allocator(options, manifest)  # a bundle without calibration is told now
+    model = serving.model_of(options)
+    manifest = model.manifest
     ports, keys, allowed = folder.info.ports, folder.curve_keys(), AllowList(folder)
     with ExitStack() as stack:
         try:
@@ -159,83 +131,26 @@ def run(options: Options, show: Show, progress: Progress) -> dict:
         link = stack.enter_context(Link(f"tcp://{options.bind}:{ports.data}", keys, allowed))
         deliverer = stack.enter_context(Deliverer(f"tcp://{options.bind}:{ports.delivery}", keys, allowed))
         births = online(control, folder, options)
-        memory = {node: birth.memory_bytes for node, birth in births.items()}
-        replicas = (options.replica,) if options.replica and len(births) > 1 else ()
-        holdings = round_robin(manifest, memory, options.precision, replicas)
-        wanted = lacking(holdings, births, manifest)
-        show(
-            f"{len(births)} boards: {', '.join(births)[:200]}; {len(wanted)} of {len(holdings)} shards are to be sent\n"
-        )
-        began_s = time.monotonic()
-        sent = send(deliverer, wanted, options.bundle, manifest, progress, options.patience_s)
-        if wanted:
-            show(f"{len(wanted)} shards sent: {sent / 1e6:.1f} MB in {time.monotonic() - began_s:.1f} s\n")
-        delivered = {"shards": len(wanted), "bytes": sent, "s": round(time.monotonic() - began_s, 3)}
-        table = Table(holdings)
+        table, delivered = equip(births, manifest, options, deliverer, show, progress)
         if missing := link.wait_for(set(table.nodes), options.patience_s):
             where = f"port {ports.data} of {options.bind}"
             raise BoardsError(f"not on the data plane: {', '.join(sorted(missing))}; do they reach {where} (--bind)?")
-        trunk = Trunk(options.bundle, manifest)
         spot = stack.enter_context(spot_fleet.checking(folder, control, options.bundle, manifest, births, show))
-        allocator = _allocator(options, manifest)
-        remote = RemoteExperts(link, table, options.codec, timeout_s=options.timeout_s, allocator=allocator, spot=spot)
-        chosen = Chosen(policy, len(table.nodes))
-        decoder = Decoder(trunk, chosen, remote, manifest.eos_ids)
-        ledger.wait_for_baselines(control, table.nodes)
-        prices = None
-        if options.policy not in BLIND:
-            show("measuring what a run of an expert costs on each board ...\n")
-            costs_there: Costs = live_costs.measure(link, control, table, manifest, options.codec)
-            prices = PriceLoop(
-                decoder,
-                chosen,
-                setting_of(table, manifest, costs_there, options.temp_limit_c, None),
-                World.of(table, manifest.dims.experts, costs_there.joules, costs_there.ms),
-                control.snapshot,
-                control.now,
-                link.is_up,
-            )
+        made = serving.Serving(model, table, link, control, show, options.timeout_s, spot)
+        made.price()
         show("\n")
         before = ledger.take(control, table.nodes)
-
-        def generation(logits: list[np.ndarray] | None = None) -> Iterator[TokenCost]:
-            return play(
-                decoder,
-                chosen,
-                prompt_ids,
-                options.tokens,
-                options.sampling,
-                prices,
-                None,
-                lambda: tuple(map(link.is_up, table.nodes)),
-                logits,
-            )
-
-        costs, logits = text_stream.stream(generation, options.prompt, text, show)
-        remote.settle(spot.rules.answer_s)
+        costs, logits = text_stream.stream(made.generate, options.prompt, model.text, show)
+        made.remote.settle(spot.rules.answer_s)
         energy = ledger.of(table.nodes, before, ledger.take(control, table.nodes))
         show("\n\n")
         parity = None
         if options.parity:
             show("checking against one process with the same partition, codec and grouping ...\n")
-            again = selection.Replay(chosen.choices)
-            if options.policy in BLIND:
-                again = policy_of(options.policy, options.sampling.seed, options.bundle, manifest)
-            parity = with_one_process(
-                options.bundle,
-                manifest,
-                table,
-                trunk,
-                again,
-                options.codec,
-                _allocator(options, manifest),
-                prompt_ids,
-                options.sampling,
-                costs,
-                logits,
-            )
-        result = ledger_of(options, text, costs, energy, remote, table, control.snapshot(), parity, "mosquitto")
-        runs = round(chosen.ran * len(manifest.moe_layers) / chosen.rows, 3) if chosen.rows else None
+            parity = made.parity(costs, logits)
+        result = ledger_of(
+            options, model.text, costs, energy, made.remote, table, control.snapshot(), parity, "mosquitto"
+        )
         return result | {
             "spot_checks": dict(spot.counts) | {"alarms": [event.text for event in spot.alarms]},
             "boards": {node: birth.board for node, birth in births.items()},
@@ -243,14 +158,32 @@ def run(options: Options, show: Show, progress: Progress) -> dict:
             "load_average": round(load_average, 2),
             "cores": len(os.sched_getaffinity(0)),
             "expert_runs_per_token": {
-                "policy": runs,
+                "policy": made.runs_per_token(made.chosen.ran, made.chosen.rows),
                 "policy_under_load": None,
                 "topk": len(manifest.moe_layers) * manifest.dims.top_k,
             },
-            "prices": None if prices is None else prices.summary(),
+            "prices": None if made.prices is None else made.prices.summary(),
             "links": None,
         }
 
 
-def _allocator(options: Options, manifest: shard.Manifest) -> rates.Allocator | None:
-    return rates.for_codec(options.codec, options.bundle, manifest, bits_per_value=options.bits_per_value)
+def equip(
+    births: Mapping[str, Birth],
+    manifest: shard.Manifest,
+    options: Options,
+    deliverer: Deliverer,
+    show: Show,
+    progress: Progress,
+) -> tuple[Table, dict]:
+    """Sends the boards what they lack of placement v1; who holds what, and what was sent.  Raises: PlacementError, DeliveryError."""
+    memory = {node: birth.memory_bytes for node, birth in births.items()}
+    replicas = (options.replica,) if options.replica and len(births) > 1 else ()
+    holdings = round_robin(manifest, memory, options.precision, replicas)
+    wanted = lacking(holdings, births, manifest)
+    show(f"{len(births)} boards: {', '.join(births)[:200]}; {len(wanted)} of {len(holdings)} shards are to be sent\n")
+    began_s = time.monotonic()
+    sent = send(deliverer, wanted, options.bundle, manifest, progress, options.patience_s)
+    took_s = time.monotonic() - began_s
+    if wanted:
+        show(f"{len(wanted)} shards sent: {sent / 1e6:.1f} MB in {took_s:.1f} s\n")
+    return Table(holdings), {"shards": len(wanted), "bytes": sent, "s": round(took_s, 3)}
