@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
             for node, machine in machines.items():
                 check_boot(report, node, machine)
             nodes = {
-                each["node"]: each["state"] for each in spacemoe("fleet", "list", "--dir", folder / "fleet")["nodes"]
+                each["id"]: each["state"] for each in spacemoe("fleet", "list", "--dir", folder / "fleet")["nodes"]
             }
             report.check("both nodes have claimed their certificates", set(nodes.values()) == {"enrolled"}, nodes)
             bundle, newer = image_test_tokens.bundles(report, spacemoe, folder / "fleet", CHECKPOINT)
