@@ -25,22 +25,30 @@ VENV_STAMP := $(VENV)/.stamp-venv-$(HOME_KEY)
 DEMO_STAMP := $(VENV)/.stamp-demo-$(KEY)
 TEST_STAMP := $(VENV)/.stamp-test-$(KEY)
 
-.PHONY: demo test image-test clean debian-packages
+.PHONY: demo test image-test clean debian-packages promtool
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_STAMP)
 	@echo "== spacemoe demo $(DEMO_SAMPLING) $(DEMO_ARGS)"
 	@$(BIN)/spacemoe demo $(DEMO_SAMPLING) $(DEMO_ARGS)
 
-test: debian-packages $(TEST_STAMP)
+test: debian-packages $(TEST_STAMP) promtool
 	@echo "== ruff check"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@echo "== pytest"
-	@$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+# promtool judges /metrics. Out of Debian's package, which is not installed: that would start a server on this machine.
+promtool: $(TEST_STAMP)
+	@command -v promtool >/dev/null || [ -x $(BIN)/promtool ] || { command -v apt-get && command -v dpkg-deb \
+	  && mkdir -p $(VENV)/deb && cd $(VENV)/deb && { apt-get download -q prometheus || { apt-get update -q && apt-get download -q prometheus; }; } \
+	  && dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x ./usr/bin/promtool && mv usr/bin/promtool ../bin/; } >$(VENV).log 2>&1 \
+	  || echo "== promtool cannot be had here: the test that needs it will be skipped"
+	@rm -rf $(VENV)/deb $(VENV).log
 
 # The Debian packages that it needs (mmdebstrap, qemu-user-static, qemu-system-arm ...) it installs itself where it may.
-image-test: debian-packages $(TEST_STAMP)
+image-test: debian-packages $(TEST_STAMP) promtool
 	@$(BIN)/python -m hardware.image_test --cache $(IMAGE_CACHE) $(IMAGE_TEST_ARGS)
 
 clean:
@@ -90,6 +98,7 @@ debian-packages:
 	command -v debugfs >/dev/null || missing="$$missing e2fsprogs"; \
 	command -v busybox >/dev/null || missing="$$missing busybox-static"; \
 	command -v cpio >/dev/null || missing="$$missing cpio"; \
+	command -v chromium >/dev/null || missing="$$missing chromium fonts-dejavu-core"; \
 	if [ -z "$$missing" ]; then exit 0; fi; \
 	if [ "$$(id -u)" = 0 ]; then root=""; elif sudo -n true 2>/dev/null; then root="sudo"; else root=no; fi; \
 	if [ "$$root" != no ] && command -v apt-get >/dev/null; then \

@@ -16,17 +16,21 @@ import sys
 import threading
 
 from ground_station import (
+    cli_archive,
     cli_benchmark,
     cli_boards,
     cli_calibrate,
     cli_decide,
     cli_demo,
+    cli_doctor,
     cli_flash,
     cli_fleet,
     cli_image,
+    cli_mission,
     cli_models,
     cli_place,
     cli_sim,
+    cli_token,
     cli_up,
     cli_update,
 )
@@ -77,6 +81,10 @@ def parser() -> argparse.ArgumentParser:
         cli_place,
         cli_fleet,
         cli_up,
+        cli_mission,
+        cli_archive,
+        cli_token,
+        cli_doctor,
         cli_image,
         cli_flash,
         cli_update,

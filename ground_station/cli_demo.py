@@ -20,6 +20,7 @@ from ground_station.cli_shared import (
     positive,
     scenario_of,
 )
+from ground_station.cli_watch import watch_arguments, watch_of
 
 
 def add(commands, command) -> None:
@@ -72,6 +73,10 @@ def add(commands, command) -> None:
     demo.add_argument(
         "--no-parity", action="store_true", help="skip the single-process run that the text is checked against"
     )
+    demo.add_argument(
+        "--serve", action="store_true", help="page and API while it runs, and after the text until Ctrl-C"
+    )
+    watch_arguments(demo)
     replay = command(
         "replay", "repeat the decisions of a recorded run without boards, and compare them one by one", _replay
     )
@@ -136,14 +141,23 @@ def _demo(args: argparse.Namespace) -> int:
         links=args.links,
         link_ms=args.link_ms,
         record=args.record,
+        watch=watch_of(args, Path("archive"), args.limits) if args.serve else None,
     )
     quiet = args.json
+
+    def hold(result: dict, watch, made) -> None:
+        from ground_station import demo_serve
+
+        print(json.dumps(result | {"url": watch.served.url}) if args.json else demo.report(result), flush=True)
+        demo_serve.hold(watch, made, (lambda text: None) if quiet else show)
+
     try:
-        result = demo.run(options, (lambda text: None) if quiet else show)
+        result = demo.run(options, (lambda text: None) if quiet else show, hold)
     except FleetError as error:
         # the temporary folder that the text names is gone by now
         if args.keep is not None or isinstance(error, ValueError):  # what was asked for cannot be: there is no log
             raise
         raise FleetError(f"{error}; --keep DIR keeps the logs") from None
-    print(json.dumps(result) if args.json else demo.report(result))
+    if not args.serve:
+        print(json.dumps(result) if args.json else demo.report(result))
     return EXIT_OK if result["parity"] is None or result["parity"]["equal"] is not False else EXIT_CHECK

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ground_station.cli_shared import (
     CODECS,
@@ -18,8 +19,13 @@ from ground_station.cli_shared import (
     positive,
     wrapped,
 )
+from ground_station.cli_watch import watch_arguments, watch_of
+
+if TYPE_CHECKING:
+    from ground_station import generate
 
 LOOPBACK = "127.0.0.1"
+LIMITS = "limits.toml"  # in the fleet folder: instead of the kit's own
 
 
 def add(commands, command) -> None:
@@ -28,6 +34,17 @@ def add(commands, command) -> None:
     up.add_argument("--dir", type=Path, required=True, metavar="FLEET", help="folder of `spacemoe fleet init`")
     up.add_argument("--bind", default=LOOPBACK, metavar="ADDRESS", help="to listen on (default: %(default)s)")
     up.add_argument("--time-port", type=int, default=123, metavar="N", help="of SNTP; 0: none (default: %(default)s)")
+    watch_arguments(up)
+    up.add_argument(
+        "--bundle", type=Path, help="serve its model to the API, on the fleet's boards (default: no tokens are made)"
+    )
+    _making(up)
+    up.add_argument(
+        "--web-bind",
+        default=LOOPBACK,
+        metavar="ADDRESS",
+        help="of page and API; beyond loopback: TLS, and a token of `spacemoe token` (default: %(default)s)",
+    )
     generate = command("generate", "text from the boards of a fleet; `spacemoe up` runs beside it", _generate)
     generate.add_argument(
         "prompt", nargs="?", default="In the beginning", help="text to go on from (default: %(default)r)"
@@ -38,23 +55,7 @@ def add(commands, command) -> None:
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     generate.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default: %(default)s)")
     generate.add_argument("--seed", type=int, default=0, help="of sampling and of random (default: %(default)s)")
-    generate.add_argument("--precision", default="int8", help="of the primary shards (default: %(default)s)")
-    generate.add_argument("--replica", default="int4", help="of the replicas, or 'none' (default: %(default)s)")
-    generate.add_argument("--codec", choices=CODECS, default="q8", help="of hidden states (default: %(default)s)")
-    generate.add_argument("--bits-per-value", type=float, metavar="BITS", help="as of demo")
-    generate.add_argument("--policy", choices=POLICIES, default="topk", help="default: %(default)s")
-    generate.add_argument(
-        "--temp-limit", type=float, default=85.0, metavar="C", help="for budgeted (default: %(default)s)"
-    )
-    generate.add_argument(
-        "--nodes", default="", metavar="A,B", help="which boards (default: all that are enrolled and online)"
-    )
-    generate.add_argument(
-        "--patience", type=float, default=30.0, metavar="S", help="for a board (default: %(default)s)"
-    )
-    generate.add_argument(
-        "--timeout", type=float, default=2.0, metavar="S", help="for a layer's answer (default: %(default)s)"
-    )
+    _making(generate)
     generate.add_argument(
         "--bind", default=LOOPBACK, metavar="ADDRESS", help="of the data plane (default: %(default)s)"
     )
@@ -64,8 +65,26 @@ def add(commands, command) -> None:
     )
 
 
+def _making(sub: argparse.ArgumentParser) -> None:
+    """How tokens are made on the boards."""
+    sub.add_argument("--precision", default="int8", help="of the primary shards (default: %(default)s)")
+    sub.add_argument("--replica", default="int4", help="of the replicas, or 'none' (default: %(default)s)")
+    sub.add_argument("--codec", choices=CODECS, default="q8", help="of hidden states (default: %(default)s)")
+    sub.add_argument("--bits-per-value", type=float, metavar="BITS", help="as of demo")
+    sub.add_argument("--policy", choices=POLICIES, default="topk", help="default: %(default)s")
+    sub.add_argument("--temp-limit", type=float, default=85.0, metavar="C", help="for budgeted (default: %(default)s)")
+    sub.add_argument(
+        "--nodes", default="", metavar="A,B", help="which boards (default: all that are enrolled and online)"
+    )
+    sub.add_argument("--patience", type=float, default=30.0, metavar="S", help="for a board (default: %(default)s)")
+    sub.add_argument(
+        "--timeout", type=float, default=2.0, metavar="S", help="for a layer's answer (default: %(default)s)"
+    )
+
+
 def _up(args: argparse.Namespace) -> int:
     from ground_station import up
+    from ground_station.fleet_records import GROUND_CERT, GROUND_KEY, FleetFolder
 
     if not 0 <= args.time_port < 65_536:
         raise UsageError(f"--time-port {args.time_port} is no port: give 0 to 65535")
@@ -73,27 +92,36 @@ def _up(args: argparse.Namespace) -> int:
     def say(line: str) -> None:
         print(json.dumps({"said": line}) if args.json else wrapped(line), flush=True)
 
-    with up.running(up.Options(args.dir, args.bind, args.time_port), say) as ground:
+    watch = None
+    if args.web_port:
+        from ground_station.cli_token import FILE
+
+        folder = FleetFolder.open(args.dir)
+        beyond = {} if up.is_loopback(args.web_bind) else {"tokens": folder.path(FILE), "hosts": folder.info.hosts}
+        if beyond:
+            beyond |= {"certificate": folder.path(GROUND_CERT), "key": folder.path(GROUND_KEY)}
+        limits = args.limits or (folder.path(LIMITS) if folder.path(LIMITS).exists() else None)
+        watch = watch_of(args, folder.path("archive"), limits, bind=args.web_bind, **beyond)
+    made = _generate_options(args, bind=args.bind, broker=args.bind) if args.bundle is not None else None
+    if made is not None and watch is None:
+        raise UsageError("--bundle is served by the API: give it a --web-port")
+    with up.running(up.Options(args.dir, args.bind, args.time_port, watch, made), say) as ground:
         info = ground.folder.info
         say(f"fleet {info.fleet}: {len(ground.folder.nodes())} nodes on record; Ctrl-C ends it")
         up.follow(ground, say)
     return EXIT_OK
 
 
-def _generate(args: argparse.Namespace) -> int:
-    from ground_station import demo_report, generate
-    from ground_station.sampling import Sampling
-    from ground_station.text_stream import show
+def _generate_options(args: argparse.Namespace, **more: object) -> generate.Options:
+    """Raises: UsageError."""
+    from ground_station import generate
 
     for name, value in (("--patience", args.patience), ("--timeout", args.timeout)):
         if not 0 < value < 1e6:
             raise UsageError(f"{name} {value:g} is no number of seconds above 0")
-    options = generate.Options(
+    return generate.Options(
         folder=args.dir,
         bundle=bundle_of(args),
-        prompt=args.prompt,
-        tokens=args.tokens,
-        sampling=Sampling(args.temperature, args.top_p, args.seed),
         precision=args.precision,
         replica=None if args.replica == "none" else args.replica,
         codec=args.codec,
@@ -103,6 +131,20 @@ def _generate(args: argparse.Namespace) -> int:
         nodes=tuple(filter(None, args.nodes.split(","))),
         patience_s=args.patience,
         timeout_s=args.timeout,
+        **more,
+    )
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from ground_station import demo_report, generate
+    from ground_station.sampling import Sampling
+    from ground_station.text_stream import show
+
+    options = _generate_options(
+        args,
+        prompt=args.prompt,
+        tokens=args.tokens,
+        sampling=Sampling(args.temperature, args.top_p, args.seed),
         bind=args.bind,
         broker=args.broker,
         parity=args.parity,

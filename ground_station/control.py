@@ -16,6 +16,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Literal
 
 import paho.mqtt.client as mqtt
 from paho.mqtt import MQTTException
@@ -35,6 +36,10 @@ KEEPALIVE_S = 10
 MAX_NODES = 10_000
 MAX_ID_CHARS = 64
 MAX_ASKED = 256
+
+
+Heard = wire.Birth | wire.Status | wire.Event | wire.Satellite
+Source = Literal["node", "ground"]
 
 
 class ControlError(RuntimeError):
@@ -77,7 +82,8 @@ class Control:
         self.topics = wire.Topics(fleet)
         self.host, self.port = host, port
         self._clock = clock
-        self._on_telemetry = on_telemetry
+        self._on_telemetry = () if on_telemetry is None else (on_telemetry,)
+        self._listeners: tuple[Callable[[str, Heard, Source], None], ...] = ()
         self._states: dict[str, NodeState] = {}
         self._malformed: Counter[str] = Counter()
         self._pending: dict[str, list[wire.Result]] = {}
@@ -142,6 +148,28 @@ class Control:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    def listen(
+        self,
+        telemetry: Callable[[str, Taken], None] | None = None,
+        message: Callable[[str, Heard, Source], None] | None = None,
+    ) -> None:
+        """Adds listeners beside the constructor's; each is called in paho's thread and must not wait.
+
+        telemetry: as `on_telemetry`. message: (node, message, source) for each birth that is new, status, event (of a node, or of
+        the ground station itself: source "ground") and virtual satellite's state; the last two kinds are subscribed to only then.
+        """
+        with self._changed:
+            if telemetry is not None:
+                self._on_telemetry = (*self._on_telemetry, telemetry)
+            if message is not None:
+                self._listeners = (*self._listeners, message)
+            connected = self._connected and message is not None
+        if connected:
+            self._client.subscribe([(topic, mqtt.SubscribeOptions(qos=1)) for topic in self._extra_topics()])
+
+    def _extra_topics(self) -> list[str]:
+        return [self.topics.ground_event(), self.topics.satellite("+")]
 
     # ------------------------------------------------------------ what is known
 
@@ -250,6 +278,8 @@ class Control:
             topics.result,
         )
         wanted = [*(topic("+") for topic in leaves), topics.ground_status()]
+        if self._listeners:
+            wanted += self._extra_topics()
         client.subscribe([(topic, mqtt.SubscribeOptions(qos=1)) for topic in wanted])
         client.publish(self.topics.ground_status(), self._ground_status("online"), qos=1, retain=True)
         self._set_link(True, "")
@@ -272,6 +302,12 @@ class Control:
         try:
             if message.topic == self.topics.ground_status():
                 self._own_status(message)
+                return
+            if self._listeners and message.topic == self.topics.ground_event():
+                self._tell(wire.decode(wire.Event, message.payload), "ground")
+                return
+            if self._listeners and message.topic.startswith(self.topics.satellite("+")[:-1]):
+                self._take_satellite(message)
                 return
             node, leaf = self.topics.parse_node(message.topic)
             kind = wire.MESSAGE_OF_LEAF.get(leaf)
@@ -306,6 +342,19 @@ class Control:
         if status.status == "offline":
             self._client.publish(self.topics.ground_status(), self._ground_status("online"), qos=1, retain=True)
 
+    def _take_satellite(self, message: mqtt.MQTTMessage) -> None:
+        content = wire.decode(wire.Satellite, message.payload)
+        if message.topic != self.topics.satellite(wire.check_id(content.node)):
+            raise wire.WireError(f"Satellite of {content.node} on another's topic")
+        self._tell(content, "ground")
+
+    def _tell(self, content: Heard, source: Source) -> None:
+        for listener in self._listeners:
+            try:
+                listener(wire.check_id(content.node), content, source)
+            except Exception as error:  # an exception here would end paho's thread, and with it the control plane
+                self._drop("listener", error)
+
     def _take_result(self, result: wire.Result) -> None:
         with self._changed:
             if result.id in self._pending:
@@ -318,17 +367,22 @@ class Control:
         with self._changed:
             full = node not in self._states and len(self._states) >= MAX_NODES
             if not full:
-                state, actions = apply(self._states.get(node, NodeState(node)), content, self._clock(), retained)
+                before = self._states.get(node, NodeState(node))
+                state, actions = apply(before, content, self._clock(), retained)
                 self._states[node] = state
                 self._changed.notify_all()
         if full:
             self._drop("too many nodes", wire.WireError(f"{node} is over the limit of {MAX_NODES} nodes"))
             return
-        for taken in state.taken if self._on_telemetry is not None else ():
-            try:
-                self._on_telemetry(node, taken)
-            except Exception as error:  # an exception here would end paho's thread, and with it the control plane
-                self._drop("listener", error)
+        for taken in state.taken:
+            for listener in self._on_telemetry:
+                try:
+                    listener(node, taken)
+                except Exception as error:  # an exception here would end paho's thread, and with it the control plane
+                    self._drop("listener", error)
+        new_birth = isinstance(content, wire.Birth) and state.birth != before.birth
+        if self._listeners and (new_birth or isinstance(content, (wire.Status, wire.Event))):
+            self._tell(content, "node")
         for action in actions:
             self._carry_out(action)
 

@@ -13,8 +13,12 @@ import errno
 import json
 import os
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from firmware_sim.scenario import Scenario
 from ground_station import demo_links, ledger, recording, recording_tape, serving, text_stream
@@ -31,6 +35,9 @@ from ground_station.placement import round_robin
 from ground_station.run_folder import run_folder
 from ground_station.text_stream import Show
 from node_agent import shard
+
+if TYPE_CHECKING:
+    from ground_station import mission_up
 
 __all__ = ["Options", "report", "run"]
 
@@ -50,11 +57,15 @@ class Options(serving.Options):
     links: bool = False  # the scenario's links are imposed on hidden states
     link_ms: float | None = None  # of a token on links, with codec importance
     record: Path | None = None
+    watch: mission_up.Options | None = None  # its archive goes into the run's folder
 
 
-def run(options: Options, show: Show) -> dict:
+def run(
+    options: Options, show: Show, then: Callable[[dict, mission_up.Running, serving.Serving], None] | None = None
+) -> dict:
     """Runs the demo and returns its ledger (see `report`). Stops everything it started, however it ends.
 
+    then: with `options.watch`, called with the ledger while boards and mission control still run; they end when it returns.
     Raises: shard.BundleError, FleetError, broker.BrokerError, placement.PlacementError, ValueError for bad options.
     """
     load_average = os.getloadavg()[0]  # before anything of ours runs
@@ -96,6 +107,13 @@ def run(options: Options, show: Show) -> dict:
         control = stack.enter_context(
             Control("demo", broker.host, broker.port, on_telemetry=None if tape is None else tape.hear)
         )
+        watch = None
+        if options.watch is not None:
+            from ground_station import mission_up  # a web server is loaded only where one is wanted
+
+            where = dataclasses.replace(options.watch, archive=run_dir / "archive")
+            watch = stack.enter_context(mission_up.running(control, where, lambda line: show(f"{line}\n")))
+            show(f"mission control: {watch.served.url}\n")
         fleet = stack.enter_context(
             LocalFleet(run_dir, options.bundle, holdings, link.endpoint, (broker.host, broker.port), "demo", boards)
         )
@@ -123,7 +141,19 @@ def run(options: Options, show: Show) -> dict:
                 options.link_ms,
                 lambda: None if prices is None else (prices.state.joule_price, prices.state.byte_price),
             )
-        costs, logits = text_stream.stream(lambda logits: made.generate(logits, tape), options.prompt, model.text, show)
+        if watch is not None:
+            from ground_station.serving_engine import tell_heat
+
+            tell_heat(made, watch.mission)
+        told = None if watch is None else mission_up.TextTold(watch.mission, "demo", model.text, len(model.prompt_ids))
+
+        def generate(logits: list[np.ndarray]) -> Iterator[TokenCost]:
+            for cost in made.generate(logits, tape):
+                if told is not None:
+                    told.token(cost)
+                yield cost
+
+        costs, logits = text_stream.stream(generate, options.prompt, model.text, show)
         in_text = (chosen.ran, chosen.rows)
         after = ledger.take(control, names)
         show("\n\n")
@@ -139,9 +169,11 @@ def run(options: Options, show: Show) -> dict:
             show("the board simulator has ended: temperatures, power and joules are unknown\n")
         energy = ledger.of(table.nodes, before, after)
         result = ledger_of(options, model.text, costs, energy, remote, table, states, parity, broker.kind)
+        if told is not None:
+            told.end("done", None if energy.total is None else energy.total.total, result["joules_scope"])
         result["load_average"] = round(load_average, 2)
         result["cores"] = len(os.sched_getaffinity(0))
-        if course is not None:
+        if course is not None and watch is None:  # its end is boards that are left alone: nobody could watch them
             result["scenario"] = course.run(
                 lambda: list(made.generate(tape=tape)),
                 lambda: (control.stop(), link.close()),
@@ -164,6 +196,8 @@ def run(options: Options, show: Show) -> dict:
         if tape is not None:
             _record(options, manifest, boards, tape, chosen.choices, made.costs)
             result["recording"] = str(options.record)
+        if watch is not None and then is not None:
+            then(result, watch, made)
         return result
 
 

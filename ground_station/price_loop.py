@@ -109,10 +109,11 @@ def look_at(
 
 class Chosen:
     """A policy that remembers what the policy inside it chose, and tallies it: runs [N, P] of pairs named for a node, `rows` seen by all
-    layers together, and `ran` expert runs. `choices`: those that were not forgotten; `calls`: how many there were."""
+    layers together, and `ran` expert runs. `choices`: those that were not forgotten; `calls`: how many there were; `heard` is told each."""
 
     def __init__(self, policy: Policy, nodes: int):
         self.policy = policy
+        self.heard: Callable[[int, Choice], None] | None = None
         self.choices: list[Choice] = []
         self.runs = np.zeros((nodes, PRECISIONS))
         self.rows = self.ran = 0
@@ -121,6 +122,8 @@ class Chosen:
     def __call__(self, layer: int, logits: np.ndarray, world: World | None = None) -> Choice:
         choice = self.policy(layer, logits) if world is None else self.policy(layer, logits, world)
         self.choices.append(choice)
+        if self.heard is not None:
+            self.heard(layer, choice)
         return choice
 
     @property

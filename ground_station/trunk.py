@@ -1,15 +1,16 @@
 """Runs the ONNX trunk: embedding, attention with KV cache, norms, routers, head; everything but the experts.
 
 The trunk is cut at the MoE layers into segments (node_agent.shard.Segment). One decode step walks the segments; between two
-of them the caller supplies the sum of the experts' outputs. Buffers of a decode step are bound once and reused: a step
-allocates nothing. Imports only contract modules and onnxruntime, so that a board may run it as the gateway.
+of them the caller supplies the sum of the experts' outputs: through a function, or stepwise (`Sequence.walk`), so that one
+thread can take many sequences along layer by layer. Buffers of a decode step are bound once and reused: a step allocates
+nothing. Imports only contract modules and onnxruntime, so that a board may run it as the gateway.
 Leaves out: which experts run and where (the caller's `moe` function).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Generator
 
 import numpy as np
 import onnxruntime as ort
@@ -19,6 +20,9 @@ from node_agent import shard
 PREFILL_CHUNK = 256
 MoeFunction = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
 """moe(layer, hidden [T, D], router_logits [T, E]) -> sum of gate * expert(hidden), float32 [T, D]."""
+
+Walk = Generator[tuple[int, np.ndarray, np.ndarray], np.ndarray, np.ndarray]
+"""Yields (layer, hidden [S, D], router_logits [S, E]) at each MoE layer, is sent the experts' sum [S, D], returns logits [S, V]."""
 
 
 class ContextFull(ValueError):
@@ -92,14 +96,30 @@ class Sequence:
         kept = []
         for start in range(0, len(ids), PREFILL_CHUNK):
             chunk = ids[start : start + PREFILL_CHUNK]
-            bound = self._step if len(chunk) == 1 else _Bound(self, len(chunk))
-            logits = bound.run(chunk, moe)
+            logits = drive(self.walk(chunk), moe)
             kept.append(logits.copy() if every_position else logits[-1:].copy())
         return np.concatenate(kept) if every_position else kept[-1][0]
 
     def step(self, token_id: int, moe: MoeFunction) -> np.ndarray:
         """Logits float32 [V] after one more token; valid until the next step.  Raises: ContextFull."""
-        return self._step.run(token_id, moe)[0]
+        return drive(self._step.walk(token_id), moe)[0]
+
+    def walk(self, token_ids: list[int] | np.ndarray) -> Walk:
+        """The next S tokens stepwise. What it yields and returns are buffers that the next walk uses again. A walk that is left before its
+        end leaves the sequence as it was.  Raises: ContextFull (at its first step)."""
+        ids = np.asarray(token_ids, np.int64)
+        bound = self._step if len(ids) == 1 else _Bound(self, len(ids))
+        return bound.walk(ids)
+
+
+def drive(walk: Walk, moe: MoeFunction) -> np.ndarray:
+    """A walk from its beginning to its end; its logits [S, V]."""
+    try:
+        asked = next(walk)
+        while True:
+            asked = walk.send(moe(*asked))
+    except StopIteration as end:
+        return end.value
 
 
 class _Bound:
@@ -140,7 +160,7 @@ class _Bound:
             self.steps.append((session, binding, segment.moe_layer))
         self.buffers, self.residual = buffers, residual  # bindings hold addresses only: keep what they point to
 
-    def run(self, ids: int | np.ndarray, moe: MoeFunction) -> np.ndarray:
+    def walk(self, ids: int | np.ndarray) -> Walk:
         sequence, s = self.sequence, self.s
         if sequence.length + s > sequence.capacity:
             raise ContextFull(
@@ -152,6 +172,6 @@ class _Bound:
         for session, binding, moe_layer in self.steps:
             session.run_with_iobinding(binding)
             if moe_layer is not None:
-                self.moe_out[0] = moe(moe_layer, self.hidden[0], self.router_logits[0])
+                self.moe_out[0] = yield moe_layer, self.hidden[0], self.router_logits[0]
         sequence.length += s
         return self.logits[0]

@@ -1,7 +1,8 @@
 """`spacemoe up`: what a flashed fleet dials into (broker with mutual TLS and rights, enrolment, time), and what changes in the fleet.
 
 The fleet folder is the one source of truth: `spacemoe fleet add|revoke|release` write there, and what runs here follows within a
-quarter of a second. Leaves out: tokens (generate.py binds the data plane while it runs), the dashboard, the archive.
+quarter of a second. Leaves out: tokens (generate.py binds the data plane while it runs), and what mission control
+is made of (mission_up.py).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ground_station import fleet_authority
 from ground_station.allow_list import FleetWatch
@@ -25,6 +27,9 @@ from ground_station.fleet_records import CA_CERT, GROUND_CERT, GROUND_KEY, Fleet
 from ground_station.node_record import NodeRecord
 from ground_station.time_server import TimeServer, TimeServerError
 
+if TYPE_CHECKING:  # a web server is loaded only where one is wanted
+    from ground_station import generate, mission_up
+
 LOOK_S = 0.25
 MAX_TEXT = 300  # characters of what a node says about itself
 REFRESH_S = 86_400.0
@@ -34,11 +39,14 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Options:
-    """`bind`: the address to listen on; `time_port` 0: no time for boards."""
+    """`bind`: the address to listen on; `time_port` 0: no time for boards; `watch` None: no mission control;
+    `tokens`: how they are made for its API, None: they are not."""
 
     folder: Path
     bind: str = LOOPBACK
     time_port: int = 123
+    watch: mission_up.Options | None = None
+    tokens: generate.Options | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ class Ground:
     control: Control
     enrol: EnrolServer
     time: TimeServer | None
+    watch: mission_up.Running | None
 
 
 def is_loopback(address: str) -> bool:
@@ -94,7 +103,17 @@ def running(options: Options, say: Callable[[str], None]) -> Iterator[Ground]:
             except TimeServerError as error:  # a board's clock is set forward by its pack: it lives without
                 say(error.strerror)
         control = stack.enter_context(control_of(folder, broker.host, broker.port))
-        yield Ground(folder, broker, control, enrol, clock)
+        watch = None
+        if options.watch is not None:
+            from ground_station import mission_up
+
+            watch = stack.enter_context(mission_up.running(control, options.watch, say))
+            say(f"mission control: {watch.served.url}")
+            if options.tokens is not None:
+                from ground_station import up_tokens
+
+                stack.enter_context(up_tokens.Tokens(folder, options.tokens, control, watch.mission, watch.api, say))
+        yield Ground(folder, broker, control, enrol, clock, watch)
 
 
 def reach(hosts: tuple[str, ...], bind: str) -> str:

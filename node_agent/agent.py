@@ -118,6 +118,11 @@ class Agent:
         self._burn = burn.Burn(self.experts, serving, pacer, self._event)
         self._notifier = Notifier()
         self._beat_s = time.monotonic()
+        self._metrics = None
+        if config.metrics is not None:
+            from node_agent.metrics import MetricsServer  # it loads http.server
+
+            self._metrics = MetricsServer(*config.metrics, config.telemetry.period_s)
         self._control = None
         if config.broker is not None:
             self._control = Control(
@@ -145,6 +150,8 @@ class Agent:
                 stack.enter_context(self._control)
             if self._renewal is not None:
                 stack.enter_context(self._renewal)
+            if self._metrics is not None:
+                stack.enter_context(self._metrics)
             stack.enter_context(self._delivery)
             stack.enter_context(self._burn)  # after the control plane: it ends before, and can still say so
             node = self.config.node
@@ -220,12 +227,16 @@ class Agent:
 
     def _publish(self, asked: bool = False) -> None:
         """Telemetry now: from the loop each period, and from paho's thread for the command `sample` (`asked`)."""
-        if self._control is not None:
+        if self._control is not None or self._metrics is not None:
             with self._publishing:
                 self.counters.reporting.enter("telemetry")
                 try:
                     now = time.time()
-                    self._control.telemetry((*self.samples(now), *self._control.samples(now)), now, asked)
+                    samples = (*self.samples(now), *(() if self._control is None else self._control.samples(now)))
+                    if self._metrics is not None:
+                        self._metrics.show(samples)
+                    if self._control is not None:
+                        self._control.telemetry(samples, now, asked)
                 finally:
                     self.counters.reporting.leave()
 

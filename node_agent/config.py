@@ -169,6 +169,7 @@ class Config:
     history: HistoryConfig = HistoryConfig()
     enrol: EnrolConfig | None = None
     update: UpdateConfig = UpdateConfig()
+    metrics: tuple[str, int] | None = None  # host and port to show metrics on; None: no port is opened
 
 
 class _Table:
@@ -424,6 +425,16 @@ def _guard(table: _Table) -> GuardConfig:
     )
 
 
+def _metrics(table: _Table) -> tuple[str, int]:
+    want = "IP:PORT, for example 127.0.0.1:9464"
+    text = table.text("listen", want)
+    host, _, port = text.rpartition(":")
+    try:
+        return str(ipaddress.ip_address(host.strip("[]"))), range(65_536)[int(port)]
+    except (ValueError, IndexError):
+        raise table.fail("listen", text, want) from None
+
+
 def _history(table: _Table) -> HistoryConfig:
     default = HistoryConfig()
     return HistoryConfig(
@@ -451,7 +462,7 @@ def parse(text: str, base: Path, enrolled: bool = True, file: str = "FILE") -> C
     except toml_file.TomlError as error:
         raise ConfigError(f"not TOML: {str(error)[:200]}: correct that line") from None
     known = {"node": True, "bundle": False, "broker": False, "data": True, "telemetry": False, "guard": False}
-    known |= {"power_model": False, "history": False, "enrol": False, "update": False}
+    known |= {"power_model": False, "history": False, "enrol": False, "update": False, "metrics": False}
     for name in tree:
         if name not in known:
             raise ConfigError(f"[{name}] is unknown: use {', '.join(known)}")
@@ -477,6 +488,7 @@ def parse(text: str, base: Path, enrolled: bool = True, file: str = "FILE") -> C
         _history(tables["history"]),
         _enrol(tables["enrol"], broker, link) if "enrol" in tree else None,
         _update(tables["update"]),
+        _metrics(tables["metrics"]) if "metrics" in tree else None,
     )
     for name, table in tables.items():
         if name in tree:
