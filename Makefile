@@ -98,6 +98,9 @@ debian-packages:
 	command -v debugfs >/dev/null || missing="$$missing e2fsprogs"; \
 	command -v busybox >/dev/null || missing="$$missing busybox-static"; \
 	command -v cpio >/dev/null || missing="$$missing cpio"; \
+	command -v faketime >/dev/null || missing="$$missing faketime"; \
+	command -v fish >/dev/null || missing="$$missing fish"; \
+	command -v zsh >/dev/null || missing="$$missing zsh"; \
 	command -v chromium >/dev/null || missing="$$missing chromium fonts-dejavu-core"; \
 	if [ -z "$$missing" ]; then exit 0; fi; \
 	if [ "$$(id -u)" = 0 ]; then root=""; elif sudo -n true 2>/dev/null; then root="sudo"; else root=no; fi; \

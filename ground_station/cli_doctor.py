@@ -16,9 +16,15 @@ def add(commands, command) -> None:
     doctor.add_argument("--dir", type=Path, metavar="FLEET", help="also look at this fleet's folder and its ports")
     doctor.add_argument("--bundle", type=Path, metavar="DIR", help="also look at this bundle")
     doctor.add_argument(
-        "--state", type=Path, default=Path("."), metavar="DIR", help="where runs and the archive are written (default: here)"
+        "--state",
+        type=Path,
+        default=Path("."),
+        metavar="DIR",
+        help="where runs and the archive are written (default: here)",
     )
-    doctor.add_argument("--ntp", default="", metavar="HOST", help="also ask this time server (nothing is asked without it)")
+    doctor.add_argument(
+        "--ntp", default="", metavar="HOST", help="also ask this time server (nothing is asked without it)"
+    )
     doctor.epilog = "exit codes: 0 all is well; 3 something is not: its line says which command mends it"
 
 

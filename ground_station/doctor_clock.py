@@ -30,7 +30,10 @@ SET_BY_HAND = "sudo date -u -s 'YYYY-MM-DD HH:MM:SS'"
 
 def clock(setting: Setting) -> Iterator[Check]:
     now_utc_s = setting.now_utc_s()
-    files = [Path(__file__).parent, *(path for path in (setting.fleet, setting.bundle, setting.state) if path is not None)]
+    files = [
+        Path(__file__).parent,
+        *(path for path in (setting.fleet, setting.bundle, setting.state) if path is not None),
+    ]
     why = implausible(now_utc_s, youngest(files))
     fix = f"{SET_BY_NETWORK}   # or, without the internet: {SET_BY_HAND}"
     if why:
@@ -40,7 +43,9 @@ def clock(setting: Setting) -> Iterator[Check]:
     if (synchronized := timedatectl()) is not None:
         on, done = synchronized
         if on and not done:
-            yield Check("clock_sync", False, "a time service runs and has not set the clock", "timedatectl timesync-status")
+            yield Check(
+                "clock_sync", False, "a time service runs and has not set the clock", "timedatectl timesync-status"
+            )
         else:
             yield Check("clock_sync", True, "a time service keeps the clock" if on else "no time service runs")
     if setting.ntp:
@@ -94,7 +99,9 @@ def asked(server: str, now_utc_s: Callable[[], float], fix: str) -> Check:
     try:
         offset_s, delay_s = offset(host, int(port or 123), now_utc_s)
     except (OSError, ValueError) as error:
-        return Check("clock_offset", False, f"{host[:80]} did not tell the time ({error})", "name another by --ntp HOST")
+        return Check(
+            "clock_offset", False, f"{host[:80]} did not tell the time ({error})", "name another by --ntp HOST"
+        )
     ok = abs(offset_s) <= MAX_OFFSET_S + delay_s
     text = f"the clock is {abs(offset_s):.3f} s {'behind' if offset_s > 0 else 'ahead of'} {host[:80]}"
     return Check("clock_offset", ok, text, "" if ok else fix)

@@ -71,7 +71,9 @@ def fleet(path: Path | None, now_utc_s: float) -> Iterator[Check]:
 
     shown = shlex.quote(str(path))
     if not path.is_dir():
-        yield Check("fleet", False, f"there is no fleet at {path}", f"spacemoe fleet init NAME --host HOST --dir {shown}")
+        yield Check(
+            "fleet", False, f"there is no fleet at {path}", f"spacemoe fleet init NAME --host HOST --dir {shown}"
+        )
         return
     open_to_all = _open_to_others(path, fleet_records.SECRETS)
     if open_to_all:
@@ -89,7 +91,9 @@ def fleet(path: Path | None, now_utc_s: float) -> Iterator[Check]:
     except (ValueError, OSError) as error:
         yield Check("fleet", False, str(error), f"cp -a BACKUP/. {shown}/   # the backup of the fleet's folder")
         return
-    yield Check("fleet", True, f"fleet {folder.info.fleet}, {len(standings)} nodes, hosts {', '.join(folder.info.hosts)}")
+    yield Check(
+        "fleet", True, f"fleet {folder.info.fleet}, {len(standings)} nodes, hosts {', '.join(folder.info.hosts)}"
+    )
     yield from _certificates(ends, now_utc_s, shown, fleet_records.CA_CERT)
     late = [each for each in standings if each.warning]
     if late:
@@ -116,7 +120,9 @@ def _open_to_others(path: Path, keys: tuple[str, ...]) -> list[str]:
 def _certificates(ends, now_utc_s: float, shown: str, ca: str) -> Iterator[Check]:
     for name, certificate in ends.items():
         check = "fleet_authority" if name == ca else "fleet_certificate"
-        begins, until = (when.timestamp() for when in (certificate.not_valid_before_utc, certificate.not_valid_after_utc))
+        begins, until = (
+            when.timestamp() for when in (certificate.not_valid_before_utc, certificate.not_valid_after_utc)
+        )
         days = (until - now_utc_s) / 86_400.0
         whose = "the authority's" if name == ca else "the ground station's"
         renew = f"spacemoe fleet renew-ground --dir {shown}"

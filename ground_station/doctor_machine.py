@@ -51,7 +51,10 @@ def python() -> Iterator[Check]:
     ok = sys.version_info >= MIN_PYTHON
     need = ".".join(map(str, MIN_PYTHON))
     yield Check(
-        "python", ok, f"Python {version}" + ("" if ok else f", {need} is needed"), "" if ok else "apt-get install python3"
+        "python",
+        ok,
+        f"Python {version}" + ("" if ok else f", {need} is needed"),
+        "" if ok else "apt-get install python3",
     )
 
 
@@ -135,9 +138,13 @@ def mosquitto(fleet: bool) -> Iterator[Check]:
         yield Check("mosquitto", False, f"mosquitto is not installed{other}", fix)
         return
     try:
-        said = subprocess.run([program, "-h"], capture_output=True, text=True, errors="replace", timeout=10).stdout[:4000]
+        said = subprocess.run([program, "-h"], capture_output=True, text=True, errors="replace", timeout=10).stdout[
+            :4000
+        ]
     except (OSError, subprocess.TimeoutExpired) as error:
-        yield Check("mosquitto", False, f"{program} does not run ({error})", "sudo apt-get install --reinstall mosquitto")
+        yield Check(
+            "mosquitto", False, f"{program} does not run ({error})", "sudo apt-get install --reinstall mosquitto"
+        )
         return
     found = re.search(r"version (\d+)\.(\d+)(?:\.(\d+))?", said)
     if found is None or (int(found[1]), int(found[2])) < MIN_MOSQUITTO:
@@ -169,7 +176,12 @@ def disk(state: Path) -> Iterator[Check]:
         yield Check("disk", False, f"{folder} may not be written by this user", f"sudo chown -R $USER {folder}")
         return
     except OSError as error:
-        yield Check("disk", False, f"{folder} cannot be written: {error.strerror}", f"{clear}   # then remove what is not needed")
+        yield Check(
+            "disk",
+            False,
+            f"{folder} cannot be written: {error.strerror}",
+            f"{clear}   # then remove what is not needed",
+        )
         return
     few = 0 < room.f_files and free_files < MIN_FREE_FILES
     ok = free_bytes >= MIN_FREE_BYTES and not few
@@ -192,7 +204,9 @@ def memory() -> Iterator[Check]:
     free = psutil.virtual_memory().available
     ok = free >= MIN_MEMORY_BYTES
     text = f"{free / 1e9:.1f} GB of memory are free" + ("" if ok else f"; {MIN_MEMORY_BYTES / 1e9:.1f} GB are needed")
-    yield Check("memory", ok, text, "" if ok else "ps -eo rss,pid,args --sort=-rss | head   # then end what is not needed")
+    yield Check(
+        "memory", ok, text, "" if ok else "ps -eo rss,pid,args --sort=-rss | head   # then end what is not needed"
+    )
 
 
 def open_files() -> Iterator[Check]:

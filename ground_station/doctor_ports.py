@@ -90,7 +90,9 @@ def bind_error(port: int, udp: bool = False) -> int:
     """0, or the errno of binding it on all addresses."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM if udp else socket.SOCK_STREAM) as probe:
         if not udp:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as those do who will listen: old connections do not count
+            probe.setsockopt(
+                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+            )  # as those do who will listen: old connections do not count
         try:
             probe.bind(("", port))
         except OSError as error:

@@ -133,7 +133,6 @@ def of_mission(mission: Any) -> bytes:
         mission.alarm_list(),
         mission.feed.watchers,
         mission.feed.lost,
-        getattr(mission, "totals", {}),
+        mission.tokens.totals,
     )
     return render(mission.control.snapshot(), mission.control.now(), station)
-

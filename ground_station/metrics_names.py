@@ -67,7 +67,13 @@ FAMILIES: dict[str, Family] = {
     "spacemoe_archive_queued_records": _gauge("Records that are not on disk yet"),
 }
 # By kind, and the field of fleet.Counts.
-NODE_MESSAGES = {"birth": "births", "telemetry": "telemetry", "history": "history", "death": "deaths", "event": "events"}
+NODE_MESSAGES = {
+    "birth": "births",
+    "telemetry": "telemetry",
+    "history": "history",
+    "death": "deaths",
+    "event": "events",
+}
 NODE_NOT_TAKEN = {
     "lost": "telemetry_lost",
     "replayed": "telemetry_replayed",

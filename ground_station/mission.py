@@ -364,9 +364,7 @@ class Mission:
                 "arguments": given,
                 "valid_s": COMMAND_TIMEOUT_S,
             }
-        record = CommandRecord(
-            secrets.token_hex(8), who, self.control.now().utc_s, node, name, given, "sent", "", None
-        )
+        record = CommandRecord(secrets.token_hex(8), who, self.control.now().utc_s, node, name, given, "sent", "", None)
         self._keep(record)
         result = self.control.command(node, name, COMMAND_TIMEOUT_S, given)
         state = "ok" if result.ok else "refused"
@@ -404,4 +402,3 @@ class Mission:
             self.archive.token(record)
         self.tokens.token(record)
         self.feed.publish("token", asdict(record))
-

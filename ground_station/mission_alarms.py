@@ -9,8 +9,8 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ground_station.alarms_latch import AlarmError, Change, Changes
 from ground_station.alarms_fleet import FleetAlarms, Sight
+from ground_station.alarms_latch import AlarmError, Change, Changes
 from ground_station.archive_records import AlarmRecord
 from ground_station.fleet import Instant, NodeState, Taken
 from ground_station.limits import LimitsError

@@ -163,9 +163,14 @@ class MissionClient:
             size += len(part)
             parts.append(part)
             if size > MAX_ANSWER_BYTES:
-                raise MissionError(f"{self.station.url} answers with over {MAX_ANSWER_BYTES} bytes", "ask for less by --lines or --since")
+                raise MissionError(
+                    f"{self.station.url} answers with over {MAX_ANSWER_BYTES} bytes",
+                    "ask for less by --lines or --since",
+                )
             if time.monotonic() > end_s:
-                raise MissionError(f"{self.station.url} takes over {self._timeout_s:g} s to answer", "try again, or ask for less")
+                raise MissionError(
+                    f"{self.station.url} takes over {self._timeout_s:g} s to answer", "try again, or ask for less"
+                )
 
     # ------------------------------------------------------------ the stream
 
@@ -193,7 +198,9 @@ class MissionClient:
                 elif line.startswith(b"data:"):
                     data.append(line[5:].removeprefix(b" "))
 
-    def follow(self, lost: Callable[[str], None], sleep: Callable[[float], None] = time.sleep) -> Iterator[tuple[str, Any]]:
+    def follow(
+        self, lost: Callable[[str], None], sleep: Callable[[float], None] = time.sleep
+    ) -> Iterator[tuple[str, Any]]:
         """As `stream`, for ever: connects anew where it breaks, which begins with a `snapshot` again. `lost` gets the reason each time.
 
         Raises: MissionError where the first connection fails, or access ends.
@@ -216,7 +223,10 @@ class MissionClient:
             tries += 1
 
     def follow_events(
-        self, query: dict[str, Any], wanted: Callable[[dict[str, Any]], bool], lost: Callable[[str], None],
+        self,
+        query: dict[str, Any],
+        wanted: Callable[[dict[str, Any]], bool],
+        lost: Callable[[str], None],
         sleep: Callable[[float], None] = time.sleep,
     ) -> Iterator[dict[str, Any]]:
         """Events as they come, first those of `query`; after a break those that were missed. None comes twice."""

@@ -123,6 +123,7 @@ def readable(node: str, state: str, birth: Birth | None, row: Row | None, now_ut
         "signals": signals,
     }
 
+
 def event_row(event: Event, at_utc_s: float, source: str) -> dict[str, Any]:
     return {
         "node": event.node,

@@ -25,11 +25,13 @@ class LiveTokens:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self.totals = {"requests": 0, "tokens": 0}  # since the start
         self._requests: OrderedDict[str, tuple[RequestRecord, list[TokenRecord]]] = OrderedDict()
 
     def request(self, record: RequestRecord) -> None:
         """A request that begins or goes on; the oldest that has ended makes room."""
         with self._lock:
+            self.totals["requests"] += record.request not in self._requests
             _, tokens = self._requests.get(record.request, (record, []))
             self._requests[record.request] = (record, tokens)
             while len(self._requests) > MAX_REQUESTS:
@@ -38,6 +40,7 @@ class LiveTokens:
 
     def token(self, record: TokenRecord) -> None:
         with self._lock:
+            self.totals["tokens"] += 1
             if record.request in self._requests:
                 tokens = self._requests[record.request][1]
                 if len(tokens) < MAX_TOKENS:

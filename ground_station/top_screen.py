@@ -83,7 +83,9 @@ class View:
             elif kind == "birth":
                 self._node(str(content["node"])).board = str(content["board"])
             elif kind == "event":
-                self.events.append((float(content["at_utc_s"]), *(str(content[key]) for key in ("severity", "node", "text"))))
+                self.events.append(
+                    (float(content["at_utc_s"]), *(str(content[key]) for key in ("severity", "node", "text")))
+                )
             elif kind == "alarm":
                 alarm = content.get("alarm", content)
                 if alarm.get("state") == "cleared":
@@ -160,9 +162,14 @@ def lines(view: View, look: Look, now_utc_s: float) -> list[str]:
         rows.append(_cut(f"! {plain(view.note, 200)}", width))
     wide = max([4, *(min(len(plain(name, 32)), 32) for name in view.nodes)])
     wide = min(wide, max(12, width - 52))  # a name is worth more than the columns behind it
-    rows.append(_cut(f"{'node':{wide}} {'state':7} {'age':>5} {'temp C':>9}   {'power W':>9}   {'duty':>6}   level", width))
+    rows.append(
+        _cut(f"{'node':{wide}} {'state':7} {'age':>5} {'temp C':>9}   {'power W':>9}   {'duty':>6}   level", width)
+    )
     events = [
-        _cut(f"{time.strftime('%H:%M:%S', time.gmtime(max(0.0, min(at, 4e9))))} {plain(f'{severity} {node}: {text}', 300)}", width)
+        _cut(
+            f"{time.strftime('%H:%M:%S', time.gmtime(max(0.0, min(at, 4e9))))} {plain(f'{severity} {node}: {text}', 300)}",
+            width,
+        )
         for at, severity, node, text in view.events
     ]
     room = height - len(rows) - 1
@@ -273,4 +280,3 @@ class Terminal:
             return ""
         raw = os.read(self._in, 16)
         return {b"": "eof", b"\x1b[A": "k", b"\x1b[B": "j"}.get(raw, raw[:1].decode("ascii", "replace"))
-

@@ -67,7 +67,9 @@ def picture(trend: dict[str, Any], width: int) -> list[str]:
         if mean is not None:
             cells[line(mean)][column] = "*"
     marks = {0: high, HEIGHT - 1: low}
-    rows = [f"{_mark(marks[i]) if i in marks else '':>{MARGIN - 2}} |{''.join(row)}".rstrip() for i, row in enumerate(cells)]
+    rows = [
+        f"{_mark(marks[i]) if i in marks else '':>{MARGIN - 2}} |{''.join(row)}".rstrip() for i, row in enumerate(cells)
+    ]
     left, right = _time(since), _time(until)
     foot = " " * MARGIN + left + right.rjust(columns - len(left))
     last = points[-1][3]

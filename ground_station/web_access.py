@@ -31,7 +31,7 @@ MAX_CLIENTS = 4096
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
-    (b"referrer-policy", b"no-referrer"),
+    (b"referrer-policy", b"same-origin"),  # by `no-referrer` a browser hides the Origin of its own forms too
     (b"cross-origin-opener-policy", b"same-origin"),
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"permissions-policy", b"camera=(), microphone=(), geolocation=()"),
@@ -214,9 +214,7 @@ class Access:
     def _spend(self, client: str, limit: Limit) -> None:
         if wait_s := self._buckets.wait_s(client, limit):
             after = str(max(1, math.ceil(wait_s)))
-            raise Refusal(
-                429, "too many requests", f"try again in {after} s", ((b"retry-after", after.encode()),)
-            )
+            raise Refusal(429, "too many requests", f"try again in {after} s", ((b"retry-after", after.encode()),))
 
     async def _login(self, receive, send) -> None:
         body = await _body(receive, 4096)

@@ -110,7 +110,9 @@ def health(request: Request) -> Response:
 def nodes(request: Request) -> Response:
     wanted = text_of(request, "filter").lower()
     found = _mission(request).nodes()
-    return answer({"nodes": [each for each in found if wanted in f"{each['node']} {each['state']} {each['board']}".lower()]})
+    return answer(
+        {"nodes": [each for each in found if wanted in f"{each['node']} {each['state']} {each['board']}".lower()]}
+    )
 
 
 def node(request: Request) -> Response:

@@ -101,7 +101,11 @@ def commands(request: Request) -> Response:
         rows = _within([row for row in mission.commands() if not node or row["node"] == node], request, lines)
     else:
         rows = [asdict(record) for record in mission.reader.commands(*_bounds(request), lines, node or None)]
-    rows = [row for row in rows if wanted in f"{row['node']} {row['name']} {row['who']} {row['state']} {row['text']}".lower()]
+    rows = [
+        row
+        for row in rows
+        if wanted in f"{row['node']} {row['name']} {row['who']} {row['state']} {row['text']}".lower()
+    ]
     return answer({"commands": rows, "source": "memory" if mission.reader is None else "archive"})
 
 

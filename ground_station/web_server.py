@@ -102,13 +102,13 @@ def listen(options: Options) -> socket.socket:
         except OSError as error:
             link.close()
             why = error.strerror
-    raise WebError(f"port {options.port} on {options.bind} cannot be had ({why}): end what listens there, or give another")
+    raise WebError(
+        f"port {options.port} on {options.bind} cannot be had ({why}): end what listens there, or give another"
+    )
 
 
 @contextmanager
-def serving(
-    mission: Mission, options: Options = Options(), more: Iterable[BaseRoute] = ()
-) -> Iterator[Served]:
+def serving(mission: Mission, options: Options = Options(), more: Iterable[BaseRoute] = ()) -> Iterator[Served]:
     """The page and the API of `mission`; `more` are routes of others, behind the same door.
 
     Raises: WebError, TokenError, OSError for files of TLS that cannot be used.

@@ -157,7 +157,9 @@ class Tokens:
                     self._stamp = stamp
                     try:
                         self._entries = read(self._path)
-                    except TokenError:  # whoever spoilt the file shall not thereby get in, nor keep a removed token alive
+                    except (
+                        TokenError
+                    ):  # whoever spoilt the file shall not thereby get in, nor keep a removed token alive
                         self._entries = ()
             return self._entries
 

@@ -430,9 +430,12 @@ def _metrics(table: _Table) -> tuple[str, int]:
     text = table.text("listen", want)
     host, _, port = text.rpartition(":")
     try:
-        return str(ipaddress.ip_address(host.strip("[]"))), range(65_536)[int(port)]
-    except (ValueError, IndexError):
-        raise table.fail("listen", text, want) from None
+        address = str(ipaddress.ip_address(host.strip("[]")))
+    except ValueError:
+        address = ""
+    if not address or not port.isdecimal() or len(port) > 5 or not 0 < int(port) < 65_536:
+        raise table.fail("listen", text, want)
+    return address, int(port)
 
 
 def _history(table: _Table) -> HistoryConfig:

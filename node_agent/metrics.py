@@ -53,7 +53,11 @@ def exposition(samples: Iterable[Sample]) -> bytes:
     lines = []
     for name, (about, rows) in sorted(families.items()):
         kind = "counter" if name.endswith("_total") else "gauge"
-        lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}", *(f"{name}{{{row}}} {value!r}" for row, value in rows.items())]
+        lines += [
+            f"# HELP {name} {about}",
+            f"# TYPE {name} {kind}",
+            *(f"{name}{{{row}}} {value!r}" for row, value in rows.items()),
+        ]
     return "".join(f"{line}\n" for line in lines).encode("utf-8", "replace")
 
 
@@ -95,7 +99,9 @@ class MetricsServer(http.server.ThreadingHTTPServer):
         try:
             super().__init__((host, port), _Handler)
         except OSError as error:
-            raise ConfigError(f"[metrics] cannot listen on {host}:{port} ({error.strerror}): give another port") from None
+            raise ConfigError(
+                f"[metrics] cannot listen on {host}:{port} ({error.strerror}): give another port"
+            ) from None
 
     def server_bind(self) -> None:
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

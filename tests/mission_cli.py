@@ -25,7 +25,9 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), **more}
 
 
-def spacemoe(*arguments: object, before: tuple[str, ...] = (), timeout: float = 120, **options) -> subprocess.CompletedProcess:
+def spacemoe(
+    *arguments: object, before: tuple[str, ...] = (), timeout: float = 120, **options
+) -> subprocess.CompletedProcess:
     options.setdefault("env", environment())
     return subprocess.run(
         [*before, *COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, **options

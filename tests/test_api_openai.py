@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from api_rig import api
+from conftest import lacking
 
 from ground_station import evaluate
 from ground_station.api_chat import plain
@@ -26,7 +27,10 @@ from ground_station.sampling import Sampling
 from ground_station.text import Text
 from node_agent import shard
 
-openai = pytest.importorskip("openai", reason="pip install openai (extra [dev])")
+try:
+    import openai
+except ModuleNotFoundError:
+    openai = None
 
 BUNDLE = reference_bundle()
 MANIFEST = shard.read_manifest(BUNDLE)
@@ -37,6 +41,8 @@ HELLO = [{"role": "system", "content": "You are brief."}, {"role": "user", "cont
 @pytest.fixture(scope="module")
 def served():
     """(client, engine, a decoder of its own state, tokenizer)."""
+    if openai is None:
+        lacking("openai", "pip install -c constraints.txt -e .[dev]")
     decoder = evaluate.model(BUNDLE, MANIFEST, "int8", 1)
     alone = Decoder(decoder.trunk, decoder.policy, decoder.experts, decoder.eos_ids)
     with api(BUNDLE, decoder, Options(queue=40), meter=lambda: Metered(0.5, "simulated")) as (url, engine):
@@ -73,7 +79,9 @@ def test_models_are_listed_and_others_are_not_found(served):
 def test_completion_is_the_text_of_the_single_stream_with_usage_in_joules(served):
     client = served[0]
     want, ids, _ = expected(served, "In the beginning", 16)
-    got = client.completions.create(model=MODEL, prompt="In the beginning", temperature=0)  # 16 tokens: OpenAI's default
+    got = client.completions.create(
+        model=MODEL, prompt="In the beginning", temperature=0
+    )  # 16 tokens: OpenAI's default
     assert (got.choices[0].text, got.choices[0].finish_reason) == (want, "length")
     assert (got.usage.prompt_tokens, got.usage.completion_tokens, got.usage.total_tokens) == (4, 16, 20)
     assert got.usage.energy_j > 0 and got.usage.energy["provenance"] == "simulated"
@@ -151,7 +159,9 @@ def test_logprobs_of_chat_and_completion_are_those_of_the_logits(served):
     np.testing.assert_allclose(said.token_logprobs, rows[np.arange(8), ids], atol=1e-4)
     assert said.tokens == [text.decode([i]) for i in ids]
     assert all(len(top) == 5 and max(top.values()) == own for top, own in zip(said.top_logprobs, said.token_logprobs))
-    assert [got.choices[0].text[at:].startswith(token) for at, token in zip(said.text_offset, said.tokens)] == [True] * 8
+    assert [got.choices[0].text[at:].startswith(token) for at, token in zip(said.text_offset, said.tokens)] == [
+        True
+    ] * 8
     chat = client.chat.completions.create(
         model=MODEL, messages=HELLO, temperature=0, max_tokens=6, logprobs=True, top_logprobs=20
     )

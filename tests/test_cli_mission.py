@@ -19,7 +19,7 @@ import time
 
 import pytest
 from mission_cli import COMMAND, environment, here, spacemoe
-from web_rig import sample, station, until
+from web_rig import station, until
 
 from ground_station import archive_records, cli_mission, limits, top_screen, trend_text
 
@@ -76,6 +76,7 @@ def test_nodes(running):
 def test_one_node(running):
     done = ask(running, "nodes", "sat-hot")
     assert done.returncode == 0, done.stderr
+    plain("\n".join(line for line in done.stdout.splitlines() if "temp_c" in line or "signal " in line))
     plain(done.stdout, None)
     assert re.search(r"temp_c +85\.500 degC +ok +simulated +critical", done.stdout) and "1e+308" in done.stdout
     assert json.loads(ask(running, "nodes", "sat-hot", "--json").stdout)["signals"]["temp_c"]["value"] == 85.5
@@ -84,7 +85,14 @@ def test_one_node(running):
 
 
 def test_no_station_names_the_next_step(running):
-    for words in (["nodes"], ["top", "--once"], ["events"], ["alarms", "list"], ["command", "a", "ping"], ["trend", "a", "b"]):
+    for words in (
+        ["nodes"],
+        ["top", "--once"],
+        ["events"],
+        ["alarms", "list"],
+        ["command", "a", "ping"],
+        ["trend", "a", "b"],
+    ):
         done = ask(running, *words, SPACEMOE_URL="http://127.0.0.1:9")
         assert done.returncode == 1 and "`spacemoe up`" in done.stderr and done.stderr.count("\n") == 1
         assert not done.stdout
@@ -97,7 +105,9 @@ def test_events(running):
     board.event("warning", "hot", "too warm")
     until(lambda: len(running.mission.reader.events(began - 1, None, 100, "sat-hot", None, None)) >= 2)
     done = ask(running, "events", "--since", "5m", "--node", "sat-hot", "--filter", "hello")
-    assert done.returncode == 0 and re.search(r"Z info +sat-hot: boot: hello <b>", done.stdout), done.stdout + done.stderr
+    assert done.returncode == 0 and re.search(r"Z info +sat-hot: boot: hello <b>", done.stdout), (
+        done.stdout + done.stderr
+    )
     plain(done.stdout, None)
     rows = json.loads(ask(running, "events", "--severity", "warning", "--lines", "100", "--json").stdout)["events"]
     assert "too warm" in [row["text"] for row in rows] and all(row["severity"] != "info" for row in rows)
@@ -113,7 +123,10 @@ def test_events_follow_until_interrupted(running):
     until(lambda: running.mission.reader.events(None, None, 100, "sat-cool", None, "old"))
     child = subprocess.Popen(
         [*COMMAND, "events", "-f", "--json", "--node", "sat-cool"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(SPACEMOE_URL=running.url),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(SPACEMOE_URL=running.url),
     )
     try:
         assert json.loads(child.stdout.readline())["text"] == "old"
@@ -156,10 +169,17 @@ def test_alarms(running):
 def test_commands(running):
     board = running.boards[1]
     done = ask(running, "command", "sat-cool", "ping")
-    assert done.returncode == 0 and re.search(r"ping to sat-cool: ok after \d\.\d\d s: did ping", done.stdout), done.stderr
+    assert done.returncode == 0 and re.search(r"ping to sat-cool: ok after \d\.\d\d s: did ping", done.stdout), (
+        done.stderr
+    )
     sent = len(board.commands)
     dry = ask(running, "command", "sat-cool", "duty", "cap=0.5", "valid_s=10", "--dry-run")
-    assert dry.returncode == 0 and "cap=0.5" in dry.stdout and "hazardous" in dry.stdout and "nothing was sent" in dry.stdout
+    assert (
+        dry.returncode == 0
+        and "cap=0.5" in dry.stdout
+        and "hazardous" in dry.stdout
+        and "nothing was sent" in dry.stdout
+    )
     refused = ask(running, "command", "sat-cool", "stop", process=True)
     assert refused.returncode == 2 and "--yes" in refused.stderr and "hazardous" in refused.stderr
     for words in (["explode"], ["duty", "cap=2", "valid_s=10"], ["ping", "x"], ["ping", "x=1"]):
@@ -182,10 +202,20 @@ def test_trend(running):
     assert set(json.loads(ask(running, "trend", "sat-cool", "power_w", "--json").stdout)["mean"]) <= {5.5, None}
     assert ask(running, "trend", "sat-cool", "nothing_w").returncode == 2
     assert ask(running, "trend", "sat-hot", HOSTILE.strip("\0"), "--since", "1m").returncode == 2
-    hostile = trend_text.picture({"at_utc_s": [1, 2], "min": [1e308, -1e308], "max": [1e308, -1e308], "mean": [float("nan"), 1]}, 80)
+    hostile = trend_text.picture(
+        {"at_utc_s": [1, 2], "min": [1e308, -1e308], "max": [1e308, -1e308], "mean": [float("nan"), 1]}, 80
+    )
     assert hostile[-1] == "no valid value in this time"  # the lists do not fit each other
     wide = trend_text.picture(
-        {"at_utc_s": [1, 2], "min": [1e308, -1e308], "max": [1e308, -1e308], "mean": [1e308, -1e308], "count": [1, 1], "node": HOSTILE}, 80
+        {
+            "at_utc_s": [1, 2],
+            "min": [1e308, -1e308],
+            "max": [1e308, -1e308],
+            "mean": [1e308, -1e308],
+            "count": [1, 1],
+            "node": HOSTILE,
+        },
+        80,
     )
     plain("\n".join(wide))
 
@@ -200,7 +230,9 @@ class Screen:
         self.size = (columns, rows)
         self.pid, self.link = pty.fork()
         if self.pid == 0:
-            os.environ.update({"SPACEMOE_URL": running.url, "TERM": "xterm", "PYTHONPATH": environment()["PYTHONPATH"]} | more)
+            os.environ.update(
+                {"SPACEMOE_URL": running.url, "TERM": "xterm", "PYTHONPATH": environment()["PYTHONPATH"]} | more
+            )
             for name in ("COLUMNS", "LINES"):
                 os.environ.pop(name, None)
             os.execv(COMMAND[0], [*COMMAND, "top"])
@@ -293,7 +325,13 @@ def test_the_view_takes_what_comes():
     signals = [["temp_c", "degC", "board", "measured"], ["power_w", "W", "board", "measured"]]
     rows = [[f"sat-{i:03}", "s", 1000.0, "online", [float(i), None], "g.", "om"] for i in range(200)]
     view.apply("snapshot", {"fleet": {"at": 1000.0, "sets": {"s": signals}, "rows": rows, "births": []}}, 1000.0)
-    for kind, content in (("fleet", {"rows": [[1]]}), ("fleet", None), ("alarm", {}), ("event", {"text": 5}), ("snapshot", [])):
+    for kind, content in (
+        ("fleet", {"rows": [[1]]}),
+        ("fleet", None),
+        ("alarm", {}),
+        ("event", {"text": 5}),
+        ("snapshot", []),
+    ):
         view.apply(kind, content, 1000.0)
     assert len(view.nodes) == 200
     for width, height in ((80, 24), (200, 60), (20, 4), (1, 1)):

@@ -58,21 +58,38 @@ def control(tmp_path_factory) -> dict[str, dict]:
 
 
 def test_as_it_is(control):
-    assert {"python", "packages", "mosquitto", "disk", "memory", "open_files", "clock", "reference_bundle"} <= control.keys()
+    assert {
+        "python",
+        "packages",
+        "mosquitto",
+        "disk",
+        "memory",
+        "open_files",
+        "clock",
+        "reference_bundle",
+    } <= control.keys()
     for name in ("python", "packages", "disk", "clock", "reference_bundle"):
         assert control[name]["ok"], control[name]
 
 
 def test_text_says_the_same(tmp_path):
     done = spacemoe("doctor", "--bundle", tmp_path / "none", "--state", tmp_path)
-    assert done.returncode == 3 and "FAIL bundle: " in done.stdout and f"mend: spacemoe quantize MODEL -o {tmp_path}" in done.stdout
+    assert (
+        done.returncode == 3
+        and "FAIL bundle: " in done.stdout
+        and f"mend: spacemoe quantize MODEL -o {tmp_path}" in done.stdout
+    )
     assert "\x1b" not in done.stdout
 
 
 def test_without_mosquitto(control, tmp_path):
     if not control["mosquitto"]["ok"]:
         lacking("mosquitto", "apt-get install mosquitto")
-    places = [path for folder in (*os.environ["PATH"].split(":"), "/usr/sbin", "/usr/local/sbin") if (path := Path(folder) / "mosquitto").exists()]
+    places = [
+        path
+        for folder in (*os.environ["PATH"].split(":"), "/usr/sbin", "/usr/local/sbin")
+        if (path := Path(folder) / "mosquitto").exists()
+    ]
     hide = "\n".join(f"mount --bind /dev/null {path}" for path in {path.resolve() for path in places})
     found = checks(spacemoe("doctor", "--json", "--state", tmp_path, before=inside(hide)))
     assert found["mosquitto"] == {
@@ -89,7 +106,9 @@ def test_an_old_mosquitto(control, tmp_path):
     old = folder / "mosquitto"
     old.write_text("#!/bin/sh\necho 'mosquitto version 1.6.12'\nexit 3\n")
     old.chmod(0o755)
-    found = checks(spacemoe("doctor", "--json", "--state", tmp_path, env=environment(PATH=f"{folder}:{os.environ['PATH']}")))
+    found = checks(
+        spacemoe("doctor", "--json", "--state", tmp_path, env=environment(PATH=f"{folder}:{os.environ['PATH']}"))
+    )
     assert not found["mosquitto"]["ok"] and "1.6.12" in found["mosquitto"]["text"]
 
 
@@ -105,19 +124,25 @@ def test_a_full_disk(tmp_path):
 def test_a_disk_that_is_nearly_full(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    found = checks(spacemoe("doctor", "--json", "--state", disk, before=inside(f"mount -t tmpfs -o size=9m none {disk}")))
+    found = checks(
+        spacemoe("doctor", "--json", "--state", disk, before=inside(f"mount -t tmpfs -o size=9m none {disk}"))
+    )
     assert not found["disk"]["ok"] and "0.0 GB free" in found["disk"]["text"]
     many = f"mount -t tmpfs -o size=2g,nr_inodes=100 none {disk}"
     found = checks(spacemoe("doctor", "--json", "--state", disk, before=inside(many)))
     assert not found["disk"]["ok"] and "more files" in found["disk"]["text"]
-    room = checks(spacemoe("doctor", "--json", "--state", disk, before=inside(f"mount -t tmpfs -o size=2g none {disk}")))
+    room = checks(
+        spacemoe("doctor", "--json", "--state", disk, before=inside(f"mount -t tmpfs -o size=2g none {disk}"))
+    )
     assert room["disk"]["ok"]
 
 
 def test_a_disk_that_cannot_be_written(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    found = checks(spacemoe("doctor", "--json", "--state", disk, before=inside(f"mount -t tmpfs -o ro,size=2g none {disk}")))
+    found = checks(
+        spacemoe("doctor", "--json", "--state", disk, before=inside(f"mount -t tmpfs -o ro,size=2g none {disk}"))
+    )
     assert not found["disk"]["ok"] and "Read-only file system" in found["disk"]["text"]
 
 
@@ -156,7 +181,11 @@ def test_the_clock_against_a_time_server(tmp_path):
 
 @pytest.mark.parametrize(
     "spoil",
-    [lambda packet: packet[:40], lambda packet: packet[:24] + bytes(8) + packet[32:], lambda packet: b"\x23" + packet[1:]],
+    [
+        lambda packet: packet[:40],
+        lambda packet: packet[:24] + bytes(8) + packet[32:],
+        lambda packet: b"\x23" + packet[1:],
+    ],
     ids=["short", "not-asked", "a-question"],
 )
 def test_what_is_no_time_is_not_taken(spoil):
@@ -180,7 +209,10 @@ def test_what_is_no_time_is_not_taken(spoil):
 
 
 def test_a_busy_port(control, tmp_path):
-    program = "import socket,sys; s=socket.socket(); s.setsockopt(1,2,1); s.bind(('127.0.0.1',8642)); s.listen(); print('on',flush=True); sys.stdin.read()"
+    program = (
+        "import socket,sys; s=socket.socket(); s.setsockopt(1,2,1); s.bind(('127.0.0.1',8642)); s.listen(); "
+        "print('on',flush=True); sys.stdin.read()"
+    )
     if not control["port_web"]["ok"]:
         pytest.skip("port 8642 is held on this machine")
     other = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -198,7 +230,10 @@ def test_a_busy_port(control, tmp_path):
 
 
 def test_ports_of_this_kit_are_no_failure():
-    program = "import socket,sys; s=socket.socket(); s.bind(('127.0.0.1',0)); s.listen(); print(s.getsockname()[1],flush=True); sys.stdin.read()"
+    program = (
+        "import socket,sys; s=socket.socket(); s.bind(('127.0.0.1',0)); s.listen(); "
+        "print(s.getsockname()[1],flush=True); sys.stdin.read()"
+    )
     for words, ours in ((["ground_station.cli"], True), (["/opt/x/bin/spacemoe"], True), (["spacemoe-photos"], False)):
         other = subprocess.Popen([sys.executable, "-c", program, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         try:
@@ -264,7 +299,9 @@ def test_certificates_that_end_or_have_not_begun(folder, tmp_path):
 
     until = fleet_authority.certificate_of(folder, fleet_records.GROUND_CERT).not_valid_after_utc.timestamp()
     for now_utc_s, ok in ((until - 8 * 86_400, True), (until - 6 * 86_400, False), (until + 86_400, False)):
-        check = of(examine(Setting(fleet=folder.root, state=tmp_path, now_utc_s=lambda at=now_utc_s: at)), "fleet_certificate")
+        check = of(
+            examine(Setting(fleet=folder.root, state=tmp_path, now_utc_s=lambda at=now_utc_s: at)), "fleet_certificate"
+        )
         assert check.ok is ok
         assert ok or check.fix == f"spacemoe fleet renew-ground --dir {folder.root}"
     early = fleet_authority.certificate_of(folder, fleet_records.CA_CERT).not_valid_before_utc.timestamp() - 3600

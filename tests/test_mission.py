@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+import time
 
 import pytest
 from web_rig import Events, sample, station, until
@@ -51,6 +52,15 @@ def running(tmp_path, limits):
         yield made
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """One for the tests that change nothing."""
+    with station(tmp_path_factory.mktemp("shared")) as made:
+        made.board("n1")
+        until(lambda: "n1" in made.control.snapshot())
+        yield made
+
+
 def temp(value: float) -> dict:
     return sample("temp_c", value, "degC", "simulated")
 
@@ -63,7 +73,9 @@ def test_what_a_board_says_is_seen_and_kept(running):
     board.telemetry()
     with Events(running.url) as stream:
         first = stream.next("snapshot")
-        row = stream.next("fleet", lambda frame: frame["rows"][0][2] is not None) if not first["fleet"]["rows"] else None
+        row = (
+            stream.next("fleet", lambda frame: frame["rows"][0][2] is not None) if not first["fleet"]["rows"] else None
+        )
         board.telemetry(temp(46.25), sample("power_w", None, "W", "measured", "missing"))
         frame = stream.next("fleet", lambda frame: frame["rows"] and len(frame["rows"][0][4]) == 2)
     node, set_id, at_s, state, values, levels, validities = frame["rows"][0]
@@ -199,7 +211,7 @@ def test_hostile_names_and_numbers_break_nothing(running):
     samples = [sample(name, value, name) for name, value in zip(HOSTILE, (1e308, -1e308, 5e-324, 0.0, 1.0, 2.0, 3.0))]
     board.telemetry(*samples)
     board.event("severe", *HOSTILE[1:3])
-    node = until(lambda: running.get("/api/v1/nodes/n1").tree["signals"] and running.get("/api/v1/nodes/n1").tree)
+    node = until(lambda: running.get("/api/v1/nodes/n1").tree.get("signals") and running.get("/api/v1/nodes/n1").tree)
     assert len(node["signals"]) == len(HOSTILE) and node["signals"][HOSTILE[0]]["value"] == 1e308
     assert all(len(name) <= mission_fleet.MAX_CHARS for name in node["signals"])
     board.publish("telemetry", b'{"node":"n1","bd_seq":1,"seq":9,"generated_at":NaN,"samples":[]}')
@@ -257,12 +269,10 @@ def test_hazardous_ones_ask_for_a_yes_and_a_dry_run_sends_nothing(running):
         ("[" * 50_000, 400),
     ],
 )
-def test_a_wrong_command_is_told_and_not_sent(running, body, status):
-    board = running.board("n1")
-    until(lambda: "n1" in running.control.snapshot())
-    answer = running.post("/api/v1/commands", body)
+def test_a_wrong_command_is_told_and_not_sent(shared, body, status):
+    answer = shared.post("/api/v1/commands", body)
     assert (answer.status, set(answer.tree)) == (status, {"error"}) and answer.tree["error"]["fix"]
-    assert board.commands == [] and running.mission.commands() == []
+    assert shared.boards[0].commands == [] and shared.mission.commands() == []
 
 
 def test_every_command_of_the_catalogue_is_known_to_the_agent():
@@ -285,8 +295,8 @@ def test_every_command_of_the_catalogue_is_known_to_the_agent():
     "query",
     ["since=x", "since=nan", "until=-1", "until=1e999", "since=2&until=1", "lines=0", "lines=-1", "lines=9999999999"],
 )
-def test_wrong_times_and_counts_are_told(running, query):
-    answer = running.get(f"/api/v1/frames?{query}")
+def test_wrong_times_and_counts_are_told(shared, query):
+    answer = shared.get(f"/api/v1/frames?{query}")
     assert answer.status == 400 and answer.tree["error"]["fix"]
 
 
@@ -313,7 +323,7 @@ def test_frames_of_the_archive_are_those_that_were_seen_live(running):
     assert [row[:6] for row in rows] == [row[:6] for row in live]
     assert [birth["node"] for step in replay["steps"] for birth in step["births"]] == ["n1"]
     cut = running.get(f"/api/v1/frames?since={live[0][2] - 30}&until={live[-1][2] + 1}&lines=2").tree
-    assert cut["until"] <= live[0][2] + 0.01 and cut["steps"]
+    assert abs(cut["until"] - live[1][2]) < 0.01 and len(cut["steps"]) == 1  # birth and first row; where to go on
 
 
 # ---------------------------------------------------------------- tokens, experts, feed
@@ -322,9 +332,9 @@ def test_frames_of_the_archive_are_those_that_were_seen_live(running):
 def test_tokens_are_seen_live_and_kept(running):
     with Events(running.url) as stream:
         stream.next("snapshot")
-        record = RequestRecord("r1", "generate", 100.0, 3)
+        record = RequestRecord("r1", "generate", time.time(), 3)
         running.mission.request(record)
-        token = TokenRecord("r1", 0, 42, "<b>hi", 100.5, 20.0, 5.0, 1.0, 2.0, 4.0, 8.0, 100, 50, 1)
+        token = TokenRecord("r1", 0, 42, "<b>hi", time.time(), 20.0, 5.0, 1.0, 2.0, 4.0, 8.0, 100, 50, 1)
         running.mission.token(token)
         assert stream.next("request")["state"] == "running"
         assert stream.next("token")["piece"] == "<b>hi"
@@ -426,6 +436,6 @@ def test_contacts_join_while_they_are_told_of_and_break_after_a_silence():
     assert contacts.snapshot(20.5, 20.7)["satellites"][0]["contact"] == [[20.5, 20.7]]
 
 
-def test_a_command_to_nobody_is_refused(running):
+def test_a_command_to_nobody_is_refused(shared):
     with pytest.raises(NoSuchNode):
-        running.mission.command("me", "n9", "ping", {})
+        shared.mission.command("me", "n9", "ping", {})

@@ -191,7 +191,7 @@ def test_events_that_were_missed_come_once_after_a_break():
 
     now = time.time()
     rows = [row(now + i, f"e{i}") for i in range(5)]
-    begin = stream_head() + b'event: snapshot\ndata: {}\n\n'
+    begin = stream_head() + b"event: snapshot\ndata: {}\n\n"
 
     def event(i: int) -> bytes:
         return b"event: event\ndata: " + json.dumps(rows[i]).encode() + b"\n\n"

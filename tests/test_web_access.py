@@ -6,6 +6,8 @@ Sec-Fetch-Site) written out by hand.
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import ssl
 import stat
@@ -21,11 +23,24 @@ from ground_station.web_server import Options, WebError, rules_of, serving
 PING = {"node": "n1", "name": "ping"}
 
 
-@pytest.fixture
-def local(tmp_path):
-    with station(tmp_path) as running:
+@contextlib.contextmanager
+def with_board(folder, options: Options = Options(port=0)):
+    with station(folder, options) as running:
         running.board("n1")
         until(lambda: "n1" in running.control.snapshot())
+        yield running
+
+
+@pytest.fixture
+def local(tmp_path):
+    with with_board(tmp_path) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """One for the tests that change nothing."""
+    with with_board(tmp_path_factory.mktemp("shared")) as running:
         yield running
 
 
@@ -34,9 +49,7 @@ def guarded(tmp_path):
     """A station that asks for tokens, as beyond loopback, on a loopback address: a test opens no port to others."""
     path = tmp_path / "tokens.json"
     tokens = {role: web_tokens.add(path, f"a-{role}", role) for role in web_tokens.ROLES}
-    with station(tmp_path, Options(port=0, tokens=path)) as running:
-        running.board("n1")
-        until(lambda: "n1" in running.control.snapshot())
+    with with_board(tmp_path, Options(port=0, tokens=path)) as running:
         yield running, tokens, path
 
 
@@ -61,14 +74,14 @@ def test_on_loopback_everyone_operates_and_every_answer_is_guarded(local):
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:8642", "127.0.0.1.evil.example", "localhost.evil", ""])
-def test_a_name_that_was_rebound_to_loopback_gets_nothing(local, host):
-    answer = local.get("/api/v1/nodes", headers={"Host": host})
+def test_a_name_that_was_rebound_to_loopback_gets_nothing(shared, host):
+    answer = shared.get("/api/v1/nodes", headers={"Host": host})
     assert answer.status == 403 and b"n1" not in answer.body
 
 
 @pytest.mark.parametrize("host", ["localhost", "localhost:9000", "127.0.0.1:1", "[::1]:8642"])
-def test_names_of_loopback_will_do_also_through_a_tunnel(local, host):
-    assert local.get("/api/v1/nodes", headers={"Host": host}).status == 200
+def test_names_of_loopback_will_do_also_through_a_tunnel(shared, host):
+    assert shared.get("/api/v1/nodes", headers={"Host": host}).status == 200
 
 
 @pytest.mark.parametrize(
@@ -84,11 +97,10 @@ def test_names_of_loopback_will_do_also_through_a_tunnel(local, host):
         {"Content-Type": "application/x-www-form-urlencoded"},
     ],
 )
-def test_a_page_from_elsewhere_cannot_post(local, headers):
-    before = len(local.boards[0].commands)
-    answer = local.post("/api/v1/commands", PING, {"Host": "localhost:9000", **headers})
+def test_a_page_from_elsewhere_cannot_post(shared, headers):
+    answer = shared.post("/api/v1/commands", PING, {"Host": "localhost:9000", **headers})
     assert answer.status in (403, 415)
-    assert local.mission.commands() == [] and len(local.boards[0].commands) == before
+    assert shared.mission.commands() == [] and shared.boards[0].commands == []
 
 
 def test_the_own_page_can_post(local):
@@ -177,8 +189,6 @@ def test_a_body_that_is_too_large_is_refused_whatever_it_says_of_its_length(loca
         for _ in range(80):
             yield b"x" * 1000
 
-    import http.client
-
     link = http.client.HTTPConnection("127.0.0.1", local.served.port, timeout=10)
     headers = {"Content-Type": "application/json", "Transfer-Encoding": "chunked"}
     link.request("POST", "/api/v1/commands", chunks(), headers, encode_chunked=True)
@@ -204,7 +214,9 @@ def test_only_hashes_are_kept_in_a_file_of_ones_own(tmp_path):
         web_tokens.read(path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"tokens": [{}]}', '{"tokens": [{"name":"a","role":"root","sha256":"x"}]}', "[" * 99999])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"tokens": [{}]}', '{"tokens": [{"name":"a","role":"root","sha256":"x"}]}', "[" * 99999]
+)
 def test_a_spoilt_file_is_told(tmp_path, text):
     path = tmp_path / "tokens.json"
     path.touch(0o600)
@@ -269,8 +281,9 @@ def test_over_tls_the_cookie_is_secure_and_plain_http_gets_nothing(tmp_path):
         assert "; Secure" in answer.headers["set-cookie"] and "strict-transport-security" in answer.headers
         with pytest.raises(OSError):
             ask(running.url.replace("https", "http"), "/api/v1/me")
-        with pytest.raises(WebError, match="cannot be used"), serving(
-            running.mission, Options(port=0, tokens=path, certificate=key, key=certificate)
+        with (
+            pytest.raises(WebError, match="cannot be used"),
+            serving(running.mission, Options(port=0, tokens=path, certificate=key, key=certificate)),
         ):
             pass
 

@@ -89,6 +89,6 @@ export class Commands {
 
   render() {
     const shown = this.store.commands.slice(-ROWS).reverse();
-    this.body.replaceChildren(...(shown.length ? shown.map((record) => el("tr", { class: `outcome-${record.state.replace(" ", "-")}` }, el("td", { class: "num", title: moment(record.at_utc_s) }, clock(record.at_utc_s)), el("td", {}, plain(record.who, 40)), el("td", {}, plain(record.node, 40)), el("td", {}, `${plain(record.name, 40)} ${plain(Object.entries(record.arguments).map(([name, value]) => `${name}=${value}`).join(" "), 80)}`), el("td", { class: "wide" }, el("b", {}, plain(record.state, 20)), ` ${plain(record.text, 200)}`))) : [el("tr", { class: "empty" }, el("td", { colSpan: 5 }, "No command has been sent."))]));
+    this.body.replaceChildren(...(shown.length ? shown.map((record) => el("tr", { class: `outcome-${record.state.replace(" ", "-")}` }, el("td", { class: "when", title: moment(record.at_utc_s) }, clock(record.at_utc_s)), el("td", {}, plain(record.who, 40)), el("td", {}, plain(record.node, 40)), el("td", {}, `${plain(record.name, 40)} ${plain(Object.entries(record.arguments).map(([name, value]) => `${name}=${value}`).join(" "), 80)}`), el("td", { class: "wide" }, el("b", {}, plain(record.state, 20)), ` ${plain(record.text, 200)}`))) : [el("tr", { class: "empty" }, el("td", { colSpan: 5 }, "No command has been sent."))]));
   }
 }

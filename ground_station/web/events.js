@@ -21,7 +21,7 @@ export class Events {
   }
 
   row(event) {
-    return el("tr", {}, el("td", { class: "num", title: moment(event.at_utc_s) }, clock(event.at_utc_s)), el("td", {}, el("b", { class: `level ${event.severity}` }, SEVERITY_SIGN[event.severity] || "?"), ` ${plain(event.severity, 12)}`), el("td", {}, plain(event.node, 40)), el("td", { class: "wide" }, el("b", {}, plain(event.kind, 60)), ` ${plain(event.text, 400)}${event.source === "ground" ? " (found on the ground)" : ""}`));
+    return el("tr", {}, el("td", { class: "when", title: moment(event.at_utc_s) }, clock(event.at_utc_s)), el("td", {}, el("b", { class: `level ${event.severity}` }, SEVERITY_SIGN[event.severity] || "?"), ` ${plain(event.severity, 12)}`), el("td", {}, plain(event.node, 40)), el("td", { class: "wide" }, el("b", {}, plain(event.kind, 60)), ` ${plain(event.text, 400)}${event.source === "ground" ? " (found on the ground)" : ""}`));
   }
 
   add(event) {

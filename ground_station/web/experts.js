@@ -20,7 +20,7 @@ export class ExpertMap {
         this.draw();
       });
     }
-    store.addEventListener("heat", this.draw);
+    for (const kind of ["heat", "theme"]) store.addEventListener(kind, this.draw);
     new ResizeObserver(this.draw).observe(this.canvas.parentElement);
     this.canvas.addEventListener("mousemove", (event) => this.point(event));
     this.canvas.addEventListener("focus", () => this.say());

@@ -12,7 +12,8 @@ export class FleetTable {
   constructor(store, choice, open) {
     Object.assign(this, { store, choice, open });
     this.rows = new Map();
-    this.columns = choice.get("columns", PREFERRED);
+    this.picked = choice.get("columns", null);
+    this.columns = this.picked || PREFERRED;
     this.sort = choice.get("sort", ["node", 1]);
     this.body = $("fleet-table").tBodies[0];
     this.draw = coalesced(() => this.render(), 200);
@@ -61,6 +62,12 @@ export class FleetTable {
     const key = [...names.keys()].sort().join("\n");
     if (key === this.known) return;
     this.known = key;
+    if (this.picked === null && names.size) {
+      // of the usual ones those that somebody sends, or else the first there are
+      const there = PREFERRED.filter((name) => names.has(name));
+      const columns = there.length ? there : [...names.keys()].slice(0, 6);
+      if (columns.join("\n") !== this.columns.join("\n")) this.show(columns);
+    }
     $("fleet-columns").replaceChildren(
       ...[...new Set([...this.columns, ...[...names.keys()].sort()])].map((name) =>
         el("label", {}, el("input", { type: "checkbox", checked: this.columns.includes(name), onchange: (e) => this.choose(name, e.target) }), ` ${plain(name, 60)}`)),
@@ -69,8 +76,14 @@ export class FleetTable {
 
   choose(name, box) {
     if (box.checked && this.columns.length >= MOST_COLUMNS) box.checked = false;
-    else this.columns = box.checked ? [...this.columns, name] : this.columns.filter((known) => known !== name);
-    this.choice.set("columns", this.columns);
+    else this.picked = box.checked ? [...this.columns, name] : this.columns.filter((known) => known !== name);
+    if (this.picked === null) return;
+    this.choice.set("columns", this.picked);
+    this.show(this.picked);
+  }
+
+  show(columns) {
+    this.columns = columns;
     for (const row of this.rows.values()) row.element.remove();
     this.rows.clear();
     this.head();

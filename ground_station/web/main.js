@@ -40,6 +40,7 @@ const commands = new Commands(store, may);
 function theme(name) {
   if (name === "system") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = name;
+  store.tell("theme");
   setText($("theme"), { system: "Theme: auto", light: "Theme: light", dark: "Theme: dark" }[name]);
   try {
     localStorage.setItem("theme", name);
@@ -140,6 +141,8 @@ setInterval(() => {
 }, 500);
 
 window.missionControl = { store, trends, replay }; // for whoever looks into it by hand
+
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => store.tell("theme"));
 
 let kept = "system";
 try {

@@ -4,6 +4,8 @@ import { get } from "./api.js";
 
 const MOST_POINTS = 6000;
 const POINTS = 700;
+const TRIES = 5;
+const AGAIN_MS = 1500;
 const GAP_S = 5; // no line is drawn across a silence
 
 export class SeriesCache {
@@ -40,13 +42,16 @@ export class SeriesCache {
   }
 
   async load(series) {
+    const there = this.store.nodes.get(series.node);
+    if (there && there.set && !there.set.index.has(series.signal)) return;
     const until = this.store.now();
     const epoch = this.store.epoch;
     let found;
     try {
       found = await get("trend", { node: series.node, signal: series.signal, since: until - this.span_s, until: until + 1, points: POINTS });
     } catch (error) {
-      series.error = error.status === 404 ? "" : error.message;
+      series.tries = (series.tries || 0) + 1; // what is new is in the archive a second later
+      if (series.tries <= TRIES) setTimeout(() => this.series.get(this.key(series.node, series.signal)) === series && this.load(series), AGAIN_MS);
       return;
     }
     if (epoch !== this.store.epoch) return; // what was asked of another time

@@ -68,7 +68,8 @@ export class Timeline {
       const { values } = this.store.satellites.get(name);
       const cells = this.table.tBodies[0].rows[i].cells;
       const number = (value, times = 1) => (value === null || value === undefined ? "–" : digits(value * times));
-      setText(cells[1], values.link_up === 1 ? `up, ${number(values.link_delay_s, 1000)} ms, ${number(values.link_hops)} hops` : values.link_up === 0 ? "no contact" : "–");
+      const way = [["link_delay_s", 1000, "ms"], ["link_hops", 1, "hops"]].filter(([key]) => typeof values[key] === "number").map(([key, times, unit]) => `${number(values[key], times)} ${unit}`);
+      setText(cells[1], values.link_up === 1 ? ["up", ...way].join(", ") : values.link_up === 0 ? "no contact" : "–");
       setText(cells[2], values.lit_share < 0.5 ? "shadow" : "sunlight");
       setText(cells[3], number(values.temp_c));
       setText(cells[4], `${number(values.soc, 100)} %`);

@@ -17,8 +17,9 @@ export class Tokens {
     $("token-legend").append(...PARTS.map((part) => el("span", {}, el("i", { class: `swatch part-${part}` }), ` ${part}`)));
     this.draw = coalesced(() => this.render(), 200);
     for (const kind of ["token", "request", "tokens"]) store.addEventListener(kind, this.draw);
+    store.addEventListener("rows", () => store.mode === "replay" && this.draw());
     store.addEventListener("reset", () => {
-      this.key = null;
+      this.key = this.asked = null;
       this.draw();
     });
     $("token-request").addEventListener("change", (event) => {
@@ -30,7 +31,9 @@ export class Tokens {
   }
 
   render() {
-    const requests = [...this.store.requests.values()].sort((a, b) => b.at_utc_s - a.at_utc_s);
+    const replay = this.store.mode === "replay";
+    const now = this.store.now();
+    const requests = [...this.store.requests.values()].filter((request) => !replay || request.at_utc_s <= now).sort((a, b) => b.at_utc_s - a.at_utc_s);
     const key = requests.map((request) => request.request).join();
     if (key !== this.key) {
       this.key = key;
@@ -45,7 +48,11 @@ export class Tokens {
       this.body.replaceChildren();
       return;
     }
-    const tokens = this.store.tokens.get(this.current) || [];
+    if (replay && this.asked !== this.current) {
+      this.asked = this.current;
+      this.store.tell("pick", this.current); // its tokens are in the archive
+    }
+    const tokens = (this.store.tokens.get(this.current) || []).filter((token) => !replay || token.at_utc_s <= now);
     setText($("token-text"), tokens.map((token) => token.piece).join("").slice(-TEXT).replace(/[\u0000-\u0009\u000b-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069]/g, "·"));
     $("token-text").scrollTop = $("token-text").scrollHeight;
     const last = tokens.slice(-20);
