@@ -24,20 +24,29 @@ HOME_KEY := $(shell { $(PYTHON) --version; pwd; } 2>&1 | cksum | cut -d' ' -f1)
 VENV_STAMP := $(VENV)/.stamp-venv-$(HOME_KEY)
 DEMO_STAMP := $(VENV)/.stamp-demo-$(KEY)
 TEST_STAMP := $(VENV)/.stamp-test-$(KEY)
+LM_VENV := $(VENV)-lm
+LM_STAMP := $(LM_VENV)/.stamp-$(shell { $(PYTHON) --version; pwd; cat tests/lm-eval-constraints.txt; } 2>&1 | cksum | cut -d' ' -f1)
 
-.PHONY: demo test image-test clean debian-packages promtool
+.PHONY: demo test image-test clean debian-packages promtool lm-eval
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_STAMP)
 	@echo "== spacemoe demo $(DEMO_SAMPLING) $(DEMO_ARGS)"
 	@$(BIN)/spacemoe demo $(DEMO_SAMPLING) $(DEMO_ARGS)
 
-test: debian-packages $(TEST_STAMP) promtool
+test: debian-packages $(TEST_STAMP) promtool lm-eval
 	@echo "== ruff check"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@echo "== pytest"
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	@PATH="$(CURDIR)/$(BIN):$(CURDIR)/$(LM_VENV)/bin:$$PATH" $(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+# EleutherAI's lm-eval judges the API. In an environment of its own: it wants other versions of what the kit needs.
+lm-eval: $(TEST_STAMP)
+	@command -v lm_eval >/dev/null || [ -e $(LM_STAMP) ] || { echo "== installing lm-eval into $(LM_VENV)" && rm -rf $(LM_VENV) \
+	  && $(BIN)/python -m venv --without-pip $(LM_VENV) && $(BIN)/python -m pip --python $(LM_VENV)/bin/python install -q --disable-pip-version-check \
+	  -c tests/lm-eval-constraints.txt 'lm-eval[api]' 'transformers<4.58' && touch $(LM_STAMP); } \
+	  || echo "== lm-eval cannot be had here: the tests that need it will be skipped"
 
 # promtool judges /metrics. Out of Debian's package, which is not installed: that would start a server on this machine.
 promtool: $(TEST_STAMP)
@@ -48,11 +57,11 @@ promtool: $(TEST_STAMP)
 	@rm -rf $(VENV)/deb $(VENV).log
 
 # The Debian packages that it needs (mmdebstrap, qemu-user-static, qemu-system-arm ...) it installs itself where it may.
-image-test: debian-packages $(TEST_STAMP) promtool
+image-test: debian-packages $(TEST_STAMP) promtool lm-eval
 	@$(BIN)/python -m hardware.image_test --cache $(IMAGE_CACHE) $(IMAGE_TEST_ARGS)
 
 clean:
-	rm -rf .image-test $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .image-test $(VENV) $(LM_VENV) build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(VENV_STAMP):

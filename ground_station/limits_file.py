@@ -1,6 +1,6 @@
 """Limits from a TOML file, strictly: unknown keys, values out of range and bands out of order are errors that name the entry.
 
-The shape is in limits_shape.py; a file with the reasons of every value is limits/default.toml. `LimitsWatch` sees when a file
+The shape is in limits_shape.py; a file with the reasons of every value is limit_sets/default.toml. `LimitsWatch` sees when a file
 has changed. Leaves out who looks, and what is done with alarms that stand when limits change (alarms_fleet.py).
 """
 
@@ -16,7 +16,7 @@ from ground_station.limits import BANDS, SEVERITIES, Bit, Limit, Limits, LimitsE
 from ground_station.limits_shape import FILE, LIMIT_KEYS, MAX_FILE_BYTES, Many, Named, Table
 from node_agent import toml_file
 
-SHIPPED = Path(__file__).with_name("limits") / "default.toml"
+SHIPPED = Path(__file__).with_name("limit_sets") / "default.toml"
 SCHEMA = SHIPPED.with_name("limits.schema.json")
 MAX_INHERITED = 8
 _RANK = {word: rank for rank, word in enumerate(SEVERITIES)}

@@ -170,7 +170,7 @@ FILE = Table(
 
 
 def schema() -> dict[str, Any]:
-    """JSON Schema of the file, as shipped in limits/limits.schema.json."""
+    """JSON Schema of the file, as shipped in limit_sets/limits.schema.json."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Limits of spacemoe, a TOML file",

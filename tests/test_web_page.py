@@ -347,7 +347,8 @@ def test_text_stands_out_from_its_ground(live, open_page, scheme):
                 probe.style.color = `var(${name})`;
                 return getComputedStyle(probe).color.match(/[0-9.]+/g).slice(0, 3).map(Number);
             };
-            const pairs = [["--accent", "--panel"], ["--good", "--panel"], ["--good", "--good-bg"], ["--bad", "--bad-bg"], ["--bad", "--panel"]];
+            const pairs = [["--accent", "--panel"], ["--good", "--panel"], ["--good", "--good-bg"]];
+            pairs.push(["--bad", "--bad-bg"], ["--bad", "--panel"]);
             for (const ink of ["--text", "--muted"]) for (const ground of ["--panel", "--panel-2"]) pairs.push([ink, ground]);
             for (const level of ["watch", "warning", "distress", "critical", "severe"]) pairs.push([`--level-${level}`, `--bg-${level}`]);
             return pairs.map(([ink, ground]) => [ink, ground, rgb(ink), rgb(ground)]);
