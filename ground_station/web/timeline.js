@@ -25,6 +25,7 @@ export class Timeline {
     });
     store.addEventListener("satellite", this.draw);
     setInterval(this.draw, 1000);
+    new ResizeObserver(this.draw).observe(this.body);
   }
 
   build(names) {
@@ -81,7 +82,8 @@ export class Timeline {
 
   bars(names, from, to, now) {
     const ratio = window.devicePixelRatio || 1;
-    const width = Math.max(200, this.body.clientWidth);
+    const width = this.body.clientWidth;
+    if (width < 2 * AXIS_WIDTH) return; // not laid out yet: the observer calls again
     const height = names.length * ROW + 4;
     const { canvas } = this;
     canvas.style.width = `${width}px`;
