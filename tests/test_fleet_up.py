@@ -13,6 +13,8 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -132,6 +134,46 @@ def test_a_new_fleet_writes_what_one_process_writes_and_a_revoked_node_is_out(ri
     assert "sat-2 online" not in rig.log("up")[seen:]
     listed = {row["id"]: row["state"] for row in spacemoe("fleet", "list", "--dir", rig.fleet)["nodes"]}
     assert listed == {"sat-1": "enrolled", "sat-2": "revoked"}
+
+
+def ask(url: str, path: str, body: dict | None = None) -> tuple[int, dict]:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"{url}{path}", data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+@pytest.mark.slow
+@pytest.mark.broker
+def test_up_serves_its_fleets_model_and_keeps_what_happened(rig):
+    bundle = rig.folder / "bundle"
+    shutil.copytree(reference_bundle(), bundle)
+    spacemoe("bundle", "sign", bundle, "--dir", rig.fleet)
+    words = ("up", "--dir", rig.fleet, "--time-port", 0, "--web-port", free_port(), "--bundle", bundle)
+    rig.start("up", "ground_station.cli", *words, "--patience", 2)
+    rig.wait("up", "nodes on record")
+    url = re.search(r"mission control: (http://127\.0\.0\.1:\d+)/", rig.log("up")).group(1)
+    code, told = ask(url, "/v1/models")
+    assert code == 503 and "no model is served yet" in told["error"]["message"]
+    rig.board("sat-1", rig.add("sat-1"))
+    rig.wait("up", "is served by 1 boards", 60)
+    greedy = {"model": "spacemoe-reference-8m", "prompt": "In the beginning", "max_tokens": 8, "temperature": 0}
+    code, answer = ask(url, "/v1/completions", greedy)
+    assert code == 200 and answer["usage"]["completion_tokens"] == 8
+    requests = ask(url, "/api/v1/requests")[1]["requests"]
+    assert requests[0]["tokens"] == 8 and requests[0]["state"] == "done"
+    # what another process would bind is taken, and it says so
+    taken = spacemoe("generate", "--dir", rig.fleet, "--bundle", bundle, "--tokens", 1, "--patience", 5, ok=False)
+    assert taken["stderr"].count("\n") == 1 and "port" in taken["stderr"]
+    rig.processes["up"].send_signal(signal.SIGINT)
+    assert rig.processes["up"].wait(30) == 130
+    kept = spacemoe("archive", "show", rig.fleet / "archive")
+    rows = {table: each["rows"] for table, each in kept["tables"].items()}
+    assert rows["tokens"] == 8 and rows["telemetry"] > 0 and rows["births"] > 0
+    assert spacemoe("archive", "check", rig.fleet / "archive")
 
 
 @pytest.mark.broker
