@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from ground_station.cli_shared import CODECS, EXIT_CHECK, EXIT_OK, bundle_of, positive, reference_bundle
@@ -81,10 +82,30 @@ def add(commands, command) -> None:
     links.add_argument("--rounds", type=positive, default=3, help="counted rounds per link (default: %(default)s)")
     links.add_argument("--tokens", type=positive, default=24, help="decoded per round (default: %(default)s)")
     links.add_argument("--text-tokens", type=positive, default=2560, help="held-out tokens (default: %(default)s)")
+    bears = command("mission", "what a ground station bears: many nodes, a watcher, kill -9", _benchmark_mission, kinds)
+    bears.add_argument("--nodes", type=positive, default=200, help="publishers at 1 Hz (default: %(default)s)")
+    bears.add_argument("--seconds", type=positive, default=300, help="default: %(default)s")
+    bears.add_argument(
+        "--kill", action="store_true", help="kill -9 of the station halfway, and a restart on its archive"
+    )
     idle = command("agent", "processor time of idle agents: sampling, guard and telemetry", _benchmark_agent, kinds)
     idle.add_argument("--bundle", type=Path, help="bundle (default: the reference model)")
     idle.add_argument("--seconds", type=positive, default=10, help="of one window (default: %(default)s)")
     idle.add_argument("--rounds", type=positive, default=3, help="windows (default: %(default)s)")
+
+
+def _benchmark_mission(args: argparse.Namespace) -> int:
+    from ground_station import benchmark_mission
+
+    def say(text: str) -> None:
+        print(f"\r{text:<78}", end="", file=sys.stderr, flush=True)
+
+    live = sys.stderr.isatty()
+    result = benchmark_mission.measure(args.nodes, args.seconds, args.kill, say=say if live else lambda text: None)
+    if live:
+        print(file=sys.stderr)
+    print(json.dumps(result) if args.json else benchmark_mission.report(result))
+    return EXIT_OK if result["holds"] else EXIT_CHECK
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -111,7 +111,9 @@ def board(broker):
 def control(broker, board):
     with Control("test", broker.host, broker.port) as running:
         end = time.monotonic() + WAIT_S
-        while "n1" not in running.snapshot():  # its subscriptions have reached the broker: nothing is said too early to be heard
+        while (
+            "n1" not in running.snapshot()
+        ):  # its subscriptions have reached the broker: nothing is said too early to be heard
             assert time.monotonic() < end
             time.sleep(0.01)
         yield running
