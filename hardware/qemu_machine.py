@@ -67,8 +67,9 @@ KINDS = {
         "usb-net,netdev=net",
         "ttyS1,115200",
         "bcm2837-rpi-3-b.dtb",
-        # QEMU's power management takes the start of the watchdog for a reset that is due now. Two of the four cores: more than
-        # this machine has would wait for each other's locks. cdc_subset now and then takes what cdc_ether drives. The moving lines of systemd go through an emulated serial port.
+        # QEMU's power management takes the start of the watchdog for a reset that is due now. cdc_subset now and then takes what
+        # cdc_ether drives. Two of the four cores: more than this machine has would wait for each other's locks. The moving lines of
+        # systemd go through an emulated serial port.
         "module_blacklist=bcm2835_wdt,cdc_subset maxcpus=2 systemd.show_status=0",
         # Where the adapter is there from the start, the emulated controller is now and then too slow for the kernel's patience, and
         # QEMU 7.2 dies when it is taken out again.
