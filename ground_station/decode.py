@@ -58,7 +58,7 @@ class Decoder:
     def __init__(self, trunk: Trunk, policy: Policy, experts: Experts, eos_ids: tuple[int, ...] = ()):
         self.trunk, self.policy, self.experts, self.eos_ids = trunk, policy, experts, eos_ids
         self.world: World | None = None
-        self._moe_ns = self._select_ns = 0
+        self.moe_ns = self.select_ns = 0
 
     def moe(self, layer: int, hidden: np.ndarray, logits: np.ndarray) -> np.ndarray:
         """Select, then run: what the trunk calls between two segments."""
@@ -70,8 +70,8 @@ class Decoder:
             out = self.experts.run(layer, hidden, choice.experts, choice.gates, named, logits)
         else:
             out = self.experts.run(layer, hidden, choice.experts, choice.gates, named)
-        self._select_ns += selected - started
-        self._moe_ns += time.perf_counter_ns() - selected
+        self.select_ns += selected - started
+        self.moe_ns += time.perf_counter_ns() - selected
         return out
 
     def generate(
@@ -92,7 +92,7 @@ class Decoder:
         sampler, token = Sampler(sampling), -1
         for index in range(max_tokens):
             started = time.perf_counter_ns()
-            self._moe_ns = self._select_ns = 0
+            self.moe_ns = self.select_ns = 0
             traffic = Traffic()
             if isinstance(self.experts, RemoteExperts):
                 self.experts.traffic = traffic
@@ -103,21 +103,22 @@ class Decoder:
             if keep_logits is not None:
                 keep_logits.append(logits.copy())
             token = sampler(logits)
-            yield self._cost(token, len(prompt_ids) if index == 0 else 1, time.perf_counter_ns() - started, traffic)
+            yield self.cost(token, len(prompt_ids) if index == 0 else 1, time.perf_counter_ns() - started, traffic)
             if token in self.eos_ids and not ignore_eos:
                 return
 
-    def _cost(self, token: int, n: int, total_ns: int, traffic: Traffic) -> TokenCost:
+    def cost(self, token: int, n: int, total_ns: int, traffic: Traffic) -> TokenCost:
+        """What a step of `n` rows took since `moe_ns` and `select_ns` were set to 0."""
         local = not isinstance(self.experts, RemoteExperts)
-        expert_ns = self._moe_ns if local else traffic.expert_us * 1000
+        expert_ns = self.moe_ns if local else traffic.expert_us * 1000
         codec_ns = traffic.codec_ns + traffic.node_codec_us * 1000
         wire_ns = 0 if local else max(0, traffic.exchange_ns - expert_ns - traffic.node_codec_us * 1000)
         return TokenCost(
             token,
             n,
             total_ns / 1e6,
-            (total_ns - self._moe_ns - self._select_ns) / 1e6,
-            self._select_ns / 1e6,
+            (total_ns - self.moe_ns - self.select_ns) / 1e6,
+            self.select_ns / 1e6,
             codec_ns / 1e6,
             wire_ns / 1e6,
             expert_ns / 1e6,

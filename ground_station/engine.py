@@ -273,7 +273,7 @@ class Engine:
         self._told(self._before_step)
         started_ns = time.perf_counter_ns()
         decoder, traffic = self.decoder, Traffic()
-        decoder._moe_ns = decoder._select_ns = 0
+        decoder.moe_ns = decoder.select_ns = 0
         if isinstance(decoder.experts, RemoteExperts):
             decoder.experts.traffic = traffic
         try:
@@ -284,7 +284,7 @@ class Engine:
                 self._fail(run, f"the experts could not be run ({type(error).__name__})")
             return
         rows = sum(len(ids) for _, ids in chosen)
-        cost = decoder._cost(-1, rows, time.perf_counter_ns() - started_ns, traffic)
+        cost = decoder.cost(-1, rows, time.perf_counter_ns() - started_ns, traffic)
         self.steps, self.rows = self.steps + 1, self.rows + rows
         if self._meter is not None:
             with self._changed:
